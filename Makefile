@@ -1,0 +1,64 @@
+# The front door. `make` prints this help; every target sets up what it needs.
+PYTHON ?= python3
+NORM ?=
+MODEL ?=
+DATA ?=
+SEED ?=
+CONFIG ?=
+ARGS ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test check format watch lock clean
+
+help: ## print this help
+	@echo "normlab: which normalization, in which network, on which text?"
+	@echo
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo "  variables of make train:"
+	@echo "    NORM    none ln rms bn bn_step gn inorm ... (a file in src/normlab/norms)"
+	@echo "    MODEL   lstm transformer"
+	@echo "    DATA    pydocs ptb_char sst2 ... or a path: a .txt file, a folder of them, a .csv / .tsv / .jsonl"
+	@echo "    SEED    of weights, batch order and dropout"
+	@echo "    CONFIG  a file in configs/"
+	@echo "    ARGS    any other flag, e.g. ARGS=\"--optim.lr 1e-3 --training.steps 1000\""
+	@echo
+	@echo "  make train NORM=ln MODEL=lstm DATA=ptb_char SEED=3"
+	@echo "  every flag: $(PY) -m normlab train --help"
+
+setup: $(READY) ## make .venv with the versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "normlab needs Python 3.11 or newer; this is $$($(PYTHON) --version 2>&1). Give another with make PYTHON=python3.12"; exit 2; }
+	@test -x $(PY) || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "setup: installing the versions of constraints.txt (once; a few minutes)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
+	@$(PY) -m normlab train $(if $(CONFIG),--config "$(CONFIG)") $(if $(MODEL),--model "$(MODEL)") $(if $(NORM),--norm "$(NORM)") $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
+
+test: $(READY) ## run the test suite
+	@$(PY) -m pytest -n 2 $(ARGS)
+
+check: $(READY) ## lint, types, direction of imports
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/pyright
+	@$(VENV)/bin/lint-imports
+
+format: $(READY) ## format and fix what can be fixed
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+watch: $(READY) ## open the terminal viewer on local runs
+	@$(VENV)/bin/wandb leet run runs/wandb
+
+lock: $(READY) ## write constraints.txt anew from what .venv holds
+	@$(PY) -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > constraints.txt
+
+clean: ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build src/*.egg-info

@@ -1,0 +1,206 @@
+"""The command line: `python -m normlab train --norm ln --model lstm --data ptb_char --seed 3`.
+
+Flags are the fields of `RunConfig`; `--norm`, `--model` and `--data` are short for `--model.norm`, `--model.name` and
+`--data.corpus`. A config is checked in full before torch is imported, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from normlab.config import (
+    MODELS,
+    DataConfig,
+    InputError,
+    OptimConfig,
+    OutputConfig,
+    RunConfig,
+    TrainingConfig,
+    config_from_dict,
+    require_choice,
+)
+
+SHORT = {"--norm": "--model.norm", "--model": "--model.name", "--data": "--data.corpus"}
+
+EXIT_INPUT = 2
+EXIT_CODES = {"interrupted": 130, "failed": EXIT_INPUT}
+
+HELP = """\
+usage: python -m normlab COMMAND ...
+
+commands:
+  train   train one run and record it      python -m normlab train --norm ln --model lstm --data pydocs
+  show    show the record of a run         python -m normlab show RUN
+
+python -m normlab COMMAND --help says more; `make` lists what make can do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "show": _show}
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    try:
+        require_choice("command", arguments[0], commands)
+        return commands[arguments[0]](arguments[1:])
+    except InputError as error:
+        print(f"normlab: error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except KeyboardInterrupt:
+        print("normlab: stopped", file=sys.stderr)
+        return EXIT_CODES["interrupted"]
+
+
+def _train(arguments: list[str]) -> int:
+    config = parse_run(arguments)
+    from normlab.data.corpora import require_corpus
+
+    require_corpus(config.data)
+    from normlab.records.summary import show
+    from normlab.training.run import train
+
+    record = train(config)
+    show(record)
+    return _exit_code(record.outcome().state, record.outcome().reason)
+
+
+def _show(arguments: list[str]) -> int:
+    parser = ArgumentParser(prog="python -m normlab show", description="Show the record of a run.", exit_on_error=False)
+    parser.add_argument("run", type=str, help="id in the runs folder, or the folder of the record")
+    parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
+    options = _parse(parser, arguments)
+    from normlab.records.record import RunRecord
+    from normlab.records.summary import show
+
+    show(RunRecord.open(options.run, options.runs_dir))
+    return 0
+
+
+def _exit_code(state: str, reason: str) -> int:
+    return 143 if reason == "SIGTERM" else EXIT_CODES.get(state, 0)
+
+
+def parse_run(arguments: Sequence[str]) -> RunConfig:
+    """The config that the command line (and the file given with `--config`) asks for.
+
+    Raises:
+        InputError: naming the field, what was given and what it takes.
+    """
+    spelled = [_spell_out(argument) for argument in arguments]
+    parser = run_parser(_model_name(spelled))
+    options = _parse(parser, spelled)
+    resume = options.pop("resume", None)
+    options.pop("config", None)
+    if resume is not None:
+        return _resumed(resume, spelled, options)
+    return config_from_dict(options.as_dict())
+
+
+def run_parser(model: str) -> ArgumentParser:
+    """A parser with one flag per field of `RunConfig`, for the model of that name."""
+    parser = ArgumentParser(
+        prog="python -m normlab train",
+        description=f"Train one run and record it. These are the flags of the {model}; "
+        f"--model {' / --model '.join(name for name in MODELS if name != model)} --help shows the other model's. "
+        "Short: --norm, --model and --data for --model.norm, --model.name and --data.corpus.",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with these fields; later flags change it")
+    parser.add_argument("--resume", type=str, metavar="RUN", help="go on with this run: its id or folder")
+    parser.add_argument("--seed", type=int, default=RunConfig.seed, help="of initial weights, batch order and dropout")
+    parser.add_class_arguments(MODELS[model], "model")
+    for name, cls in (("data", DataConfig), ("optim", OptimConfig), ("training", TrainingConfig), ("output", OutputConfig)):
+        parser.add_class_arguments(cls, name)
+    return parser
+
+
+def _spell_out(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return SHORT.get(name, name) + equals + value
+
+
+def _model_name(arguments: Sequence[str]) -> str:
+    """The model whose flags the parser must have: the last one named, on the command line or in the config file."""
+    name = "lstm"
+    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if "=" in flag:
+            flag, _, value = flag.partition("=")
+        if flag == "--config":
+            name = _model_in_file(Path(value)) or name
+        elif flag == "--model.name":
+            name = value
+    require_choice("model", name, MODELS)
+    return name
+
+
+def _model_in_file(path: Path) -> str | None:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the config {str(path)!r}: {error.strerror}; configs/ holds some") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the config {path} is not UTF-8 text (byte {error.start})") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"the config {path} holds no fields; see configs/ for examples")
+    model = values.get("model")
+    return str(model["name"]) if isinstance(model, dict) and "name" in model else None
+
+
+def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfig:
+    from dataclasses import replace
+
+    from normlab.records.record import RunRecord
+
+    changed = [a for a in arguments if a.startswith("--") and not a.startswith(("--resume", "--output."))]
+    if changed:
+        raise InputError(f"--resume takes the run's own config; drop {changed[0]} (only --output.* may be added)")
+    record = RunRecord.open(run, options.output.runs_dir)
+    state = record.outcome().state
+    given = {a[len("--output.") :].partition("=")[0] for a in arguments if a.startswith("--output.")}
+    output = replace(record.config.output, **{name: getattr(options.output, name) for name in given})
+    config = replace(record.config, output=replace(output, runs_dir=str(record.folder.parent)))
+    if state == "running":
+        raise InputError(f"run {record.id} is still running; wait for it to end")
+    return config
+
+
+def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    try:
+        return parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise InputError(_one_line(parser, str(error))) from None
+
+
+def _one_line(parser: ArgumentParser, message: str) -> str:
+    """jsonargparse's message in one line that says what is wrong and what would be right."""
+    unknown = re.match(r"unrecognized arguments: (\S+)", message)
+    if unknown is not None:
+        flag = unknown[1].partition("=")[0]
+        flags = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+        group = [name for name in flags if name.rpartition(".")[0] == flag.rpartition(".")[0]]
+        short = [*SHORT, *(name for name in flags if "." not in name)]
+        try:
+            require_choice("flag" if flag.startswith("-") else "argument", flag, (group if "." in flag else []) or short)
+        except InputError as error:
+            return str(error)
+    wrong = re.search(r'key "([^"]+)":\s+Expected an? (.*)\. Got value: (.*)', message, re.DOTALL)
+    if wrong is not None:
+        key, wanted, got = wrong.groups()
+        wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("typing.", "")
+        wanted = re.sub(r"Literal\[(.*)\]", lambda m: "one of " + m[1].replace("'", ""), wanted)
+        return f"{key} must be {wanted}, not {' '.join(got.split())!r}"
+    return " ".join(message.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,482 @@
+"""The vocabulary of a run: frozen, validated, torch-free dataclasses.
+
+A `RunConfig` says everything that decides a run's numbers (model, data, optim, training, seed) and,
+apart, where its record goes (`output`). The run's id is a hash of the first part alone, so the same
+question asked twice has the same id wherever it is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = [
+    "DataConfig",
+    "InputError",
+    "LSTMConfig",
+    "LSTMSites",
+    "ModelConfig",
+    "NormOptions",
+    "OptimConfig",
+    "OutputConfig",
+    "RunConfig",
+    "SiteConfig",
+    "TrainingConfig",
+    "TransformerConfig",
+    "TransformerSites",
+    "available_norms",
+    "config_from_dict",
+    "config_to_dict",
+    "require_choice",
+    "run_id",
+]
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message is one line that says what and how to mend it."""
+
+
+def require_choice(what: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `InputError` naming the right `choices` (and the nearest one) unless `value` is among them."""
+    names = sorted(choices)
+    if value in names:
+        return
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise InputError(f"unknown {what} {value!r}{hint}; choose from: {', '.join(names)}")
+
+
+def available_norms() -> tuple[str, ...]:
+    """Names of all norms: one file each in `normlab/norms/`; torch is not imported to list them."""
+    folder = Path(__file__).parent / "norms"
+    infrastructure = {"__init__", "base", "moments"}
+    return tuple(sorted(path.stem for path in folder.glob("*.py") if path.stem not in infrastructure))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+MODEL_NORM = "norm"
+"""Value of `SiteConfig.norm` that means: the norm of the model, `model.norm`."""
+
+
+@dataclass(frozen=True)
+class SiteConfig:
+    """What stands at one named site.
+
+    Args:
+        norm: "norm" for the model's norm (`model.norm`), "none" for nothing, or a norm's name to put
+            another one at this site only.
+        gain: initial value of the norm's gain; null takes the norm's published value for such a site.
+    """
+
+    norm: str = MODEL_NORM
+    gain: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm != MODEL_NORM:
+            require_choice("norm", self.norm, (*available_norms(), MODEL_NORM))
+
+
+def _bare() -> SiteConfig:
+    return SiteConfig(norm="none")
+
+
+@dataclass(frozen=True)
+class LSTMSites:
+    """Sites of the LSTM (Cooijmans et al. 2016, arXiv 1603.09025, equations 6 to 8).
+
+    Args:
+        input_to_hidden: on W_x x_t, gain only (the bias is the cell's own).
+        hidden_to_hidden: on W_h h_{t-1}, gain only.
+        cell: on c_t where it enters the output, gain and bias.
+    """
+
+    input_to_hidden: SiteConfig = field(default_factory=SiteConfig)
+    hidden_to_hidden: SiteConfig = field(default_factory=SiteConfig)
+    cell: SiteConfig = field(default_factory=SiteConfig)
+
+
+@dataclass(frozen=True)
+class TransformerSites:
+    """Sites of the Transformer; `model.placement` says where in the block the first two stand.
+
+    Args:
+        attention: around the attention sublayer.
+        ffn: around the feed-forward sublayer.
+        final: before the head (absent in post placement, where the last block ends in a norm).
+        embedding: on the sum of token and position embedding.
+        query: on each head's queries, before rotary positions.
+        key: on each head's keys, before rotary positions.
+    """
+
+    attention: SiteConfig = field(default_factory=SiteConfig)
+    ffn: SiteConfig = field(default_factory=SiteConfig)
+    final: SiteConfig = field(default_factory=SiteConfig)
+    embedding: SiteConfig = field(default_factory=_bare)
+    query: SiteConfig = field(default_factory=_bare)
+    key: SiteConfig = field(default_factory=_bare)
+
+
+@dataclass(frozen=True)
+class NormOptions:
+    """Options of the norm; null leaves the norm's own default. A norm refuses an option it does not have.
+
+    Args:
+        affine: learn a gain (and, where the site has one, a bias).
+        eps: added to the variance, inside the root.
+        momentum: weight of the newest batch in the stored statistics.
+        groups: number of groups of features (gn).
+        pool: which entries share a training statistic: batch, batch_time, prefix (bn), time, prefix (inorm).
+        max_steps: number of distinct time steps with statistics of their own (bn_step); later ones share the last.
+            Null takes the training length.
+        unbiased: store the Bessel-corrected variance, as torch.nn.BatchNorm1d does.
+    """
+
+    affine: bool | None = None
+    eps: float | None = None
+    momentum: float | None = None
+    groups: int | None = None
+    pool: Literal["batch", "batch_time", "prefix", "time"] | None = None
+    max_steps: int | None = None
+    unbiased: bool | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.eps is None or self.eps > 0, f"model.norm_options.eps is {self.eps}; it must be > 0")
+        _require(
+            self.momentum is None or 0 < self.momentum <= 1,
+            f"model.norm_options.momentum is {self.momentum}; it must be in (0, 1]",
+        )
+        _require(self.groups is None or self.groups >= 1, "model.norm_options.groups must be at least 1")
+        _require(self.max_steps is None or self.max_steps >= 1, "model.norm_options.max_steps must be at least 1")
+
+
+@dataclass(frozen=True)
+class LSTMConfig:
+    """A stack of LSTM layers with a norm at three named sites, between an embedding and a head.
+
+    Args:
+        norm: the norm under test; a file name in normlab/norms.
+        sites: what stands at each site.
+        norm_options: options of the norm.
+        width: hidden units per layer and direction.
+        embedding_width: size of the token embedding; 0 takes `width`.
+        layers: number of layers.
+        bidirectional: read both ways (classification only).
+        dropout: on the embedding, between layers and before the head.
+        tie_embeddings: head and embedding share one matrix (needs equal widths).
+        learned_state: learn h_0 and c_0 (else zeros).
+        state_noise: standard deviation of noise on h_0 and c_0 in training; makes the rows of a batch
+            differ at the first time step.
+        recurrent_init: initial hidden-to-hidden matrices, one block per gate.
+        forget_bias: initial bias of the forget gate.
+    """
+
+    name: Literal["lstm"] = "lstm"
+    norm: str = "ln"
+    sites: LSTMSites = field(default_factory=LSTMSites)
+    norm_options: NormOptions = field(default_factory=NormOptions)
+    width: int = 256
+    embedding_width: int = 0
+    layers: int = 1
+    bidirectional: bool = False
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    learned_state: bool = True
+    state_noise: float = 0.0
+    recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal"
+    forget_bias: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_choice("norm", self.norm, available_norms())
+        _require(self.width >= 1, f"model.width is {self.width}; it must be at least 1")
+        _require(self.layers >= 1, f"model.layers is {self.layers}; it must be at least 1")
+        _require(self.embedding_width >= 0, "model.embedding_width must be >= 0 (0 takes model.width)")
+        _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
+        _require(self.state_noise >= 0, "model.state_noise must be >= 0")
+        if self.tie_embeddings:
+            out = self.width * (2 if self.bidirectional else 1)
+            _require(
+                self.embedding_width in (0, out),
+                f"model.tie_embeddings needs model.embedding_width 0 or {out}, not {self.embedding_width}",
+            )
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """A Transformer: a causal decoder for language modelling, an encoder for classification.
+
+    Args:
+        norm: the norm under test; a file name in normlab/norms.
+        sites: what stands at each site.
+        norm_options: options of the norm.
+        width: features of the residual stream.
+        layers: number of blocks.
+        heads: attention heads; divides `width`.
+        ffn_width: hidden units of the feed-forward sublayer; 0 takes 4 * width.
+        placement: pre = x + f(norm(x)) (GPT-2); post = norm(x + f(x)) (Vaswani et al. 2017);
+            peri = x + norm(f(norm(x))) (Kim et al. 2025, arXiv 2502.02732).
+        positions: rotary (Su et al. 2021) or learned.
+        activation: of the feed-forward sublayer; gelu is the tanh form, as in GPT-2.
+        dropout: on embedding, attention weights and sublayer outputs.
+        tie_embeddings: head and embedding share one matrix.
+    """
+
+    name: Literal["transformer"] = "transformer"
+    norm: str = "ln"
+    sites: TransformerSites = field(default_factory=TransformerSites)
+    norm_options: NormOptions = field(default_factory=NormOptions)
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    ffn_width: int = 0
+    placement: Literal["pre", "post", "peri"] = "pre"
+    positions: Literal["rotary", "learned"] = "rotary"
+    activation: Literal["gelu", "relu", "sigmoid", "swiglu"] = "gelu"
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        require_choice("norm", self.norm, available_norms())
+        for name in ("width", "layers", "heads"):
+            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.width % self.heads == 0, f"model.heads is {self.heads}; it must divide model.width ({self.width})"
+        )
+        _require(
+            self.positions != "rotary" or (self.width // self.heads) % 2 == 0,
+            f"rotary positions need an even model.width / model.heads, not {self.width // self.heads}; "
+            "use model.positions=learned",
+        )
+        _require(self.ffn_width >= 0, "model.ffn_width must be >= 0 (0 takes 4 * model.width)")
+        _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
+
+
+ModelConfig = LSTMConfig | TransformerConfig
+MODELS: dict[str, type[LSTMConfig] | type[TransformerConfig]] = {"lstm": LSTMConfig, "transformer": TransformerConfig}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, in which symbols, in which batches.
+
+    Args:
+        corpus: a corpus name, or a path: a .txt file, a folder of .txt files, a .csv / .tsv / .jsonl with labels.
+        tokens: char, word (PTB convention: split at white space, <eos> per line), bpe (trained on the
+            training split); auto takes the corpus's own convention.
+        vocabulary: largest number of symbols for word and bpe; 0 keeps every training word (word) or takes 8,000 (bpe).
+        batch_size: rows per batch and process.
+        length: language modelling: tokens per window. Classification: longer texts are cut to this many tokens; 0
+            takes 100 for language modelling and 400 for classification.
+        stream: language modelling only. windows: stateless, non-overlapping, random offset each epoch, shuffled
+            (Cooijmans et al. 2016). stateful: contiguous rows, the state is carried (truncated backpropagation).
+        text_column: column of a .csv / .tsv / .jsonl file that holds the text.
+        label_column: column that holds the label.
+    """
+
+    corpus: str = "pydocs"
+    tokens: Literal["auto", "char", "word", "bpe"] = "auto"
+    vocabulary: int = 0
+    batch_size: int = 64
+    length: int = 0
+    stream: Literal["windows", "stateful"] = "windows"
+    text_column: str = "text"
+    label_column: str = "label"
+
+    def __post_init__(self) -> None:
+        _require(self.corpus != "", "data.corpus is empty; give a corpus name or a path")
+        _require(self.batch_size >= 1, f"data.batch_size is {self.batch_size}; it must be at least 1")
+        _require(self.length >= 0, f"data.length is {self.length}; it must be >= 0 (0 takes the task's default)")
+        _require(self.vocabulary >= 0, f"data.vocabulary is {self.vocabulary}; it must be >= 0")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer. Weight decay touches matrices only: never gains, biases, norms, embeddings or initial states.
+
+    Args:
+        name: adamw (decoupled decay), adam (decay as L2 in the gradient), sgd (no momentum).
+        lr: peak learning rate.
+        weight_decay: see above.
+        schedule: of the rate after warm-up: constant, or cosine / linear to zero at the last step.
+        warmup_steps: steps of linear warm-up.
+        clip: largest gradient norm; 0 does not clip.
+    """
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = 0
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0 and math.isfinite(self.lr), f"optim.lr is {self.lr}; it must be a finite number > 0")
+        _require(self.weight_decay >= 0, "optim.weight_decay must be >= 0")
+        _require(self.warmup_steps >= 0, "optim.warmup_steps must be >= 0")
+        _require(self.clip >= 0, "optim.clip must be >= 0 (0 does not clip)")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long and on what.
+
+    Args:
+        steps: optimizer steps.
+        valid_every: optimizer steps between validations.
+        checkpoint_every: optimizer steps between checkpoints to resume from.
+        accumulate: micro-batches per optimizer step (batch norms still see one micro-batch).
+        precision: fp32, or bf16 (autocast; statistics stay fp32).
+        accelerator: auto takes a GPU if there is one.
+        devices: number of processes / GPUs.
+        threads: CPU threads; 0 leaves torch's choice.
+        early_stop: validations without improvement before stopping; 0 never stops early.
+        divergence_nats: a training loss above this (nats per token or per text), or not finite, ends the run as diverged.
+        activations_every: optimizer steps between records of per-site activation statistics; 0 records none.
+    """
+
+    steps: int = 400
+    valid_every: int = 100
+    checkpoint_every: int = 100
+    accumulate: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    threads: int = 0
+    early_stop: int = 0
+    divergence_nats: float = 20.0
+    activations_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "valid_every", "checkpoint_every", "accumulate", "devices"):
+            _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("threads", "early_stop", "activations_every"):
+            _require(getattr(self, name) >= 0, f"training.{name} is {getattr(self, name)}; it must be >= 0")
+        _require(self.divergence_nats > 0, "training.divergence_nats must be > 0")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the record goes and who watches. None of this changes a number, so none of it is in the run's id.
+
+    Args:
+        runs_dir: folder of records.
+        wandb: auto (online with a key and a reachable server, else offline), online, offline, off.
+        project: W&B project.
+        entity: W&B entity; empty takes the account's default.
+        claim: id of the argument this run serves; a W&B tag.
+        progress: show the progress bar.
+        fresh: train again even if the record is finished; the old record is kept beside it.
+    """
+
+    runs_dir: str = "runs"
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    project: str = "normlab"
+    entity: str = ""
+    claim: str = ""
+    progress: bool = True
+    fresh: bool = False
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run.
+
+    Args:
+        model: the model and its norm.
+        data: the text.
+        optim: the optimizer.
+        training: how long and on what.
+        seed: of initial weights, batch order and dropout.
+        output: where the record goes.
+    """
+
+    model: ModelConfig = field(default_factory=LSTMConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    seed: int = 1
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be in [0, 2**32)")
+        if isinstance(self.model, TransformerConfig):
+            _require(
+                self.data.stream == "windows",
+                "the transformer has no recurrent state to carry: use data.stream=windows",
+            )
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as nested plain values, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def run_id(config: RunConfig) -> str:
+    """A readable name and 8 hex digits of the SHA-256 of everything that decides the numbers."""
+    deciding = config_to_dict(config)
+    del deciding["output"]
+    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+    corpus = re.sub(r"[^a-z0-9]+", "_", Path(config.data.corpus).stem.lower()).strip("_") or "text"
+    return f"{config.model.name}-{config.model.norm}-{corpus[:24]}-s{config.seed}-{digest}"
+
+
+def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
+    """Build a `RunConfig` from nested plain values; unknown fields and wrong types raise `InputError`."""
+    values = dict(values)
+    model = values.get("model", {})
+    if not isinstance(model, Mapping):
+        raise InputError(f"model must be a mapping of fields, not {model!r}")
+    name = model.get("name", "lstm")
+    require_choice("model", str(name), MODELS)
+    built = _build(MODELS[name], model, "model")
+    rest = {key: value for key, value in values.items() if key != "model"}
+    return dataclasses.replace(_build(RunConfig, rest, ""), model=built)
+
+
+def _build(cls: Any, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} must be a mapping of fields, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        require_choice("field", f"{where}.{key}".lstrip("."), [f"{where}.{name}".lstrip(".") for name in hints])
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}".lstrip(".")) for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type that `hint` asks for. Only lossless conversions: an int where a float is wanted."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in options:
+            require_choice(where, str(value), options)
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        inner = [option for option in options if option is not type(None)]
+        return _convert(inner[0], value, where)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 2e-3 (no point) as a string.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise InputError(f"{where} must be of type {hint.__name__}, not {value!r}")
+    return value

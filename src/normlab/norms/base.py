@@ -1,0 +1,146 @@
+"""The interface of every norm and the properties it declares.
+
+Shape suffixes: B batch, T time, F features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from normlab.config import InputError
+from normlab.norms.moments import Moments, Prefix, for_statistics, several_processes
+
+Step = int | Tensor
+"""Time step of a tensor's first column: one for all rows, or a LongTensor B with one per row."""
+
+
+class Norm(nn.Module, ABC):
+    """A normalization of B x T x F tensors over some set of entries.
+
+    Declared properties (contract tests check them in both directions); an option may decide one: then it is set per
+    instance.
+
+    Attributes:
+        formula: what it computes, for tables.
+        scale_invariant: norm(a x) = norm(x) for a > 0 in training, up to eps.
+        shift_invariant: norm(x + a) = norm(x) in training, a the same for all features and entries.
+        batch_independent: in training no row sees another.
+        causal: in training no column sees a later one (in evaluation none ever does unless `causal` is False).
+        needs_statistics: keeps stored values for evaluation.
+        works_at_batch_1: can train on a batch of one row.
+        identity: does nothing; stands at bare sites.
+        per_step: stores values per time step, hence needs to know the time step.
+        recurrent_gain: published initial gain inside a recurrence.
+        recurrent_pool: the pool a recurrence can use, since later steps are not computed yet; None = no choice.
+        site: name of the site it stands at.
+
+    Args:
+        dim: number of features F.
+        affine: learn a gain (`weight`) and, with `bias`, a `bias`.
+        gain: initial value of `weight`.
+        eps: added to the variance, inside the root.
+    """
+
+    formula: ClassVar[str]
+    scale_invariant: ClassVar[bool]
+    shift_invariant: ClassVar[bool]
+    batch_independent: ClassVar[bool]
+    causal: bool = True
+    needs_statistics: ClassVar[bool] = False
+    works_at_batch_1: bool = True
+    identity: ClassVar[bool] = False
+    per_step: ClassVar[bool] = False
+    recurrent_gain: ClassVar[float] = 1.0
+    recurrent_pool: ClassVar[str | None] = None
+    site: str = ""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, dim: int, *, affine: bool = True, bias: bool = True, gain: float = 1.0, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.dim, self.gain, self.eps = dim, gain, eps
+        self.weight = nn.Parameter(torch.full((dim,), float(gain))) if affine else None
+        self.bias = nn.Parameter(torch.zeros(dim)) if affine and bias else None
+
+    @abstractmethod
+    def normalize(
+        self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0, carry: Prefix | None = None
+    ) -> tuple[Tensor, Moments | None, Prefix | None]:
+        """Normalize without touching stored values.
+
+        Args:
+            mask_BT: True = real entry; None = no padding. Padding may hold anything, NaN included.
+            step: time step of column 0 (int, or LongTensor B per row).
+            carry: what this function returned for the columns before, if they belong to the same sequence.
+
+        Returns:
+            y B x T x F; the training statistics that `store` wants (detached; mean and var N x F, count N, N = T unless
+            the norm says otherwise), None if there are none; the carry for the columns to come, None if it has none.
+        """
+
+    def store(self, statistics: Moments, step: Step = 0) -> None:
+        """Take one sequence's statistics (as `normalize` gave them, joined over time) into the stored values."""
+
+    def forward(self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0) -> Tensor:
+        """Normalize B x T x F (or B x F, taken as one column); in training, update the stored values."""
+        if x_BTF.ndim == 2:
+            return self.forward(x_BTF.unsqueeze(1), mask_BT, step).squeeze(1)
+        y, statistics, _ = self.normalize(x_BTF, mask_BT, step)
+        if self.training and statistics is not None:
+            self.store(statistics, step)
+        return y
+
+    def standardize(self, x: Tensor, mean: Tensor | None, var: Tensor) -> Tensor:
+        """(x - mean) / sqrt(var + eps) * weight + bias, in the precision of statistics, returned in that of `x`."""
+        scale = torch.rsqrt(var + self.eps)
+        y = for_statistics(x)
+        if mean is not None:
+            y = y - mean
+        # Statistics per feature are small: fold the gain into them rather than multiply the whole tensor twice.
+        if self.weight is not None and scale.shape[-1] == self.dim:
+            y = y * (scale * self.weight)
+        else:
+            y = y * scale
+            if self.weight is not None:
+                y = y * self.weight
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype)
+
+    def require_rows(self, x_BTF: Tensor, rows: int) -> None:
+        """Raise `InputError` if a training batch has fewer than 2 `rows` to take a variance over, in all processes."""
+        if rows < 2 and not several_processes():
+            raise InputError(
+                f"{self.name} needs at least 2 rows in training and got a batch of shape {tuple(x_BTF.shape)}; "
+                "raise data.batch_size or use a norm that works at batch 1, such as ln"
+            )
+
+    @property
+    def name(self) -> str:
+        """The norm's name: that of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def extra_repr(self) -> str:
+        parts = [str(self.dim), f"eps={self.eps:g}"]
+        parts += [f"gain={self.gain:g}"] if self.weight is not None else ["affine=False"]
+        parts += ["bias=False"] if self.weight is not None and self.bias is None else []
+        parts += [f"site={self.site}"] if self.site else []
+        return ", ".join(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Norm:
+        # model.to(bfloat16) or .half() must not round stored statistics: small updates would be lost.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for key, buffer in self._buffers.items():
+            old = before[key]
+            if buffer is not None and old is not None and buffer.is_floating_point() and buffer.itemsize < 4:
+                self._buffers[key] = old.to(buffer.device)
+        return self

@@ -1,0 +1,194 @@
+"""Mean and variance over any set of entries: masked, counted, in fp32, shared by all processes.
+
+This is the only place where statistics are computed.
+
+Shape suffixes: B batch, T time, F features, N groups of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Statistics of one set of entries per element: `mean`, biased `var`, and `count` of valid entries (float)."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+
+class Prefix(NamedTuple):
+    """What came before, per row: `count` B x 1 x 1, `mean` B x 1 x F, `square` B x 1 x F (sum of squared deviations)."""
+
+    count: Tensor
+    mean: Tensor
+    square: Tensor
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over all processes; its gradient is the sum of theirs, since each process used the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+
+def several_processes() -> bool:
+    """Whether statistics of batch norms are shared with other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    total = _SumOverProcesses.apply(x)
+    assert isinstance(total, Tensor)
+    return total
+
+
+def for_statistics(x: Tensor) -> Tensor:
+    """`x` in the precision of statistics: fp64 stays, everything else becomes fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def zero_padding(x_BTF: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """`x_BTF` with zeros where `mask_BT` is False, so that NaN there reaches neither values nor gradients."""
+    return x_BTF if mask_BT is None else torch.where(mask_BT.unsqueeze(-1), x_BTF, 0)
+
+
+def moments(
+    x: Tensor, mask_BT: Tensor | None, dims: tuple[int, ...], *, center: bool = True, synchronize: bool = False
+) -> Moments:
+    """Moments of `x` over `dims` (kept with size 1), in two passes.
+
+    Args:
+        x: B x T x F (any shape if `mask_BT` is None).
+        mask_BT: True = real entry; None = all are. With a mask, `dims` are among 0 and 1.
+        dims: the dimensions whose entries share statistics.
+        center: False gives mean 0 and var = E[x^2], the mean square.
+        synchronize: pool over all processes too, with gradient.
+    """
+    x = for_statistics(x)
+    synchronize = synchronize and several_processes()
+    if mask_BT is None and not synchronize:
+        entries = 1
+        for dim in dims:
+            entries *= x.shape[dim]
+        if center:
+            var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        else:
+            var = x.square().mean(dims, keepdim=True)
+            mean = torch.zeros_like(var)
+        return Moments(mean, var, mean.new_full((1,) * x.ndim, entries))
+
+    keep = torch.ones_like(x[..., :1], dtype=torch.bool) if mask_BT is None else mask_BT.unsqueeze(-1)
+    x = torch.where(keep, x, 0)
+    count = keep.to(x.dtype).sum(dims, keepdim=True)
+    total = x.sum(dims, keepdim=True)
+    if synchronize:
+        count, total = _sum_over_processes(count), _sum_over_processes(total)
+    divisor = count.clamp(min=1)
+    mean = total / divisor if center else torch.zeros_like(total)
+    square = torch.where(keep, x - mean, 0).square().sum(dims, keepdim=True)
+    if synchronize:
+        square = _sum_over_processes(square)
+    return Moments(mean, square / divisor, count)
+
+
+def grouped_moments(
+    x_BTF: Tensor, mask_BT: Tensor | None, group_B: Tensor, groups: int, *, synchronize: bool = False
+) -> Moments:
+    """Moments over the rows of each group, per column: mean and var N x T x F, count N x T x 1.
+
+    Args:
+        group_B: the group of each row, in [0, groups).
+        groups: number of groups, the same in every process if `synchronize`.
+    """
+    x = zero_padding(for_statistics(x_BTF), mask_BT)
+    keep_BT1 = torch.ones_like(x[..., :1]) if mask_BT is None else mask_BT.unsqueeze(-1).to(x.dtype)
+
+    def total(values: Tensor) -> Tensor:
+        summed = values.new_zeros((groups, *values.shape[1:])).index_add(0, group_B, values)
+        return _sum_over_processes(summed) if synchronize and several_processes() else summed
+
+    count = total(keep_BT1)
+    divisor = count.clamp(min=1)
+    mean = total(x) / divisor
+    square = total((x - mean[group_B]).square() * keep_BT1)
+    return Moments(mean, square / divisor, count)
+
+
+def pooled(parts: Moments) -> Moments:
+    """One set of moments from `parts` N x F, counts N, by the law of total variance: mean and var F, count scalar."""
+    weight = parts.count.unsqueeze(-1)
+    count = weight.sum().clamp(min=1)
+    mean = (weight * parts.mean).sum(0) / count
+    var = (weight * (parts.var + (parts.mean - mean).square())).sum(0) / count
+    return Moments(mean, var, parts.count.sum())
+
+
+def prefix_moments(
+    x_BTF: Tensor, mask_BT: Tensor | None, over_batch: bool, carry: Prefix | None
+) -> tuple[Moments, Prefix]:
+    """Moments of everything up to and including each column: causal, cumulative over time.
+
+    Sums run over deviations from a pivot (the mean so far, else the row's first entry), so that a mean far
+    from zero does not cancel the variance. The result does not depend on the pivot, hence neither does the gradient.
+
+    Args:
+        over_batch: pool the rows too (mean 1 x T x F), else one set per row (mean B x T x F).
+        carry: what came before `x_BTF`; None for nothing.
+
+    Returns:
+        The moments and the carry for the columns to come.
+    """
+    x = zero_padding(for_statistics(x_BTF), mask_BT)
+    keep_BT1 = torch.ones_like(x[..., :1]) if mask_BT is None else mask_BT.unsqueeze(-1).to(x.dtype)
+    count = keep_BT1.cumsum(1)
+    if mask_BT is None:
+        pivot = x[:, :1]
+    else:
+        first_B = mask_BT.int().argmax(1)
+        pivot = x[torch.arange(len(x), device=x.device), first_B].unsqueeze(1)
+    if carry is not None:
+        pivot = torch.where(carry.count > 0, carry.mean, pivot)
+    pivot = pivot.detach()
+    deviation = (x - pivot) * keep_BT1
+    first, second = deviation.cumsum(1), deviation.square().cumsum(1)
+    if carry is not None:
+        before = carry.mean - pivot
+        count = count + carry.count
+        first = first + carry.count * before
+        second = second + carry.square + carry.count * before.square()
+    divisor = count.clamp(min=1)
+    shift = first / divisor
+    mean, var = pivot + shift, (second / divisor - shift.square()).clamp(min=0)
+    after = Prefix(count[:, -1:], mean[:, -1:], (var * count)[:, -1:])
+    if not over_batch:
+        return Moments(mean, var, count), after
+    total = count.sum(0, keepdim=True)
+    divisor = total.clamp(min=1)
+    joint = (count * mean).sum(0, keepdim=True) / divisor
+    var = (count * (var + (mean - joint).square())).sum(0, keepdim=True) / divisor
+    return Moments(joint, var, total), after
+
+
+def distinct_steps(step_B: Tensor) -> Tensor:
+    """The distinct time steps among the rows of all processes, ascending."""
+    distinct = torch.unique(step_B)
+    if several_processes():
+        everyones: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyones, distinct.tolist())
+        distinct = torch.tensor(sorted(set().union(*everyones)), device=step_B.device)
+    return distinct

@@ -1,0 +1,1 @@
+"""Quantities measured beside the training; a probe never changes the loss."""

@@ -1,0 +1,84 @@
+"""A record as a table for the terminal; no torch."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from rich.console import Console
+from rich.table import Table
+
+from normlab.records.record import RunRecord
+
+__all__ = ["show", "summary_rows"]
+
+SPLITS = ("train", "valid", "test")
+
+
+def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """Name and value of everything worth saying about a run, in the order of the table."""
+    config, outcome, environment = record.config, record.outcome(), record.environment()
+    results = outcome.results
+    data = environment.get("data", {})
+    rows = [
+        ("run", record.id),
+        ("outcome", outcome.state + (f": {outcome.reason}" if outcome.reason else "")),
+        ("norm", config.model.norm),
+        ("model", _model(record)),
+        ("corpus", f"{config.data.corpus}, {data.get('tokens', config.data.tokens)} tokens"),
+        ("steps", f"{outcome.step} of {config.training.steps} in {outcome.seconds:.0f} s of training"),
+    ]
+    if "best_step" in results:
+        rows.append(("weights", f"of step {results['best_step']} (best validation loss)"))
+    for split in SPLITS:
+        if f"{split}_loss_nats" in results:
+            rows.append((split, _losses(results, split)))
+    if "evaluation" in data and "test_loss_nats" in results:
+        rows.append(("evaluated", str(data["evaluation"])))
+    if "unigram_test_loss_nats" in results:
+        rows.append(("baseline", f"unigram, test: {_losses(results, 'unigram_test')}"))
+    if "majority_test_accuracy" in results:
+        rows.append(("baseline", f"majority class, test: accuracy {float(results['majority_test_accuracy']):.2%}"))
+    if "tokens_per_second" in results:
+        rows.append(("speed", f"{float(results['tokens_per_second']):,.0f} tokens per second, {environment.get('machine', '?')}"))
+        rows.append(("peak memory", f"{float(results['peak_memory_mib']):,.0f} MiB"))
+    rows.append(("record", str(record.folder)))
+    rows.append(("look", f"python -m normlab show {_shown(record)}; make watch"))
+    if outcome.state in ("interrupted", "failed"):
+        rows.append(("go on", f"python -m normlab train --resume {_shown(record)}"))
+    return rows
+
+
+def show(record: RunRecord, console: Console | None = None) -> None:
+    """Print the table; in a pipe too, where nothing is cut off."""
+    console = console or Console(width=None if os.isatty(1) else 120)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in summary_rows(record):
+        table.add_row(name, value)
+    console.print()
+    console.print(table, highlight=False, markup=False)
+
+
+def _model(record: RunRecord) -> str:
+    model = record.config.model
+    shape = f"{model.name}, {model.layers} x {model.width}"
+    parameters = record.outcome().results.get("parameters")
+    return shape if parameters is None else f"{shape}, {int(parameters):,} parameters"
+
+
+def _losses(results: dict[str, float | int | str], split: str) -> str:
+    parts = [f"{float(results[f'{split}_loss_nats']):.4f} nats"]
+    units = {"bits_per_char": "{:.4f} bits per character", "word_perplexity": "{:,.1f} word perplexity"}
+    for name, form in units.items():
+        value = results.get(f"{split}_{name}")
+        if value is not None and math.isfinite(float(value)):
+            parts.append(form.format(float(value)))
+    if f"{split}_accuracy" in results:
+        parts.append(f"accuracy {float(results[f'{split}_accuracy']):.2%}")
+    return ", ".join(parts)
+
+
+def _shown(record: RunRecord) -> str:
+    return record.id if str(record.folder.parent) == "runs" else str(record.folder)

@@ -1,0 +1,1 @@
+"""The LSTM recurrence; `reference` is the plain loop that faster backends are checked against."""

@@ -1,0 +1,1 @@
+"""Training: Lightning glue around models, tasks, probes and records."""

@@ -1,0 +1,323 @@
+"""One run, from config to record."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import resource
+import signal
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from rich.console import Console
+
+from normlab.config import InputError, RunConfig, run_id
+from normlab.data.corpora import require_corpus
+from normlab.data.prepared import PreparedText, prepare
+from normlab.norms.base import Norm
+from normlab.records.environment import collect_environment
+from normlab.records.record import Outcome, RunRecord, record_ids
+from normlab.records.wandb_mirror import WandbMirror
+from normlab.tasks.baselines import baseline
+from normlab.training.datamodule import TextDataModule
+from normlab.training.module import TextModule
+from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
+from normlab.training.stopwatch import Stopwatch
+from normlab.training.watching import Activations, ProgressBar, Recorder
+
+__all__ = ["train"]
+
+
+def train(config: RunConfig) -> RunRecord:
+    """Train the run that `config` describes and return its record.
+
+    The record lives in `<output.runs_dir>/<id>`, where the id is a hash of everything that decides the numbers. A
+    run that is already finished (or diverged) is not trained again; one that was interrupted goes on from its
+    last checkpoint; `output.fresh` keeps the old record beside it and starts anew.
+
+    Raises:
+        InputError: the config asks for something that cannot be done; one line says what and how to mend it.
+    """
+    require_corpus(config.data)
+    name = run_id(config)
+    if name in record_ids(config.output.runs_dir):
+        existing = RunRecord.open(name, config.output.runs_dir)
+        if config.output.fresh:
+            existing.archive()
+        elif existing.outcome().state in ("finished", "diverged"):
+            return existing
+    console = Console(stderr=False, quiet=not config.output.progress)
+    text = prepare(config.data)
+    pl.seed_everything(config.seed, verbose=False)
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
+    module = TextModule(config, text)
+    _check_batch_size(config, module)
+    record = RunRecord.create(config)
+    _check_same_text(record, text)
+    record.start()
+    run = _Run(config, text, module, record, console)
+    try:
+        outcome = run.train()
+    except BaseException as error:
+        outcome = _failed(error, run.step, run.stopwatch.seconds)
+        _finish_quietly(record, outcome)
+        run.mirror.finish(1)
+        message = _explain(error, record, config)
+        if message is None:
+            raise
+        raise InputError(message) from error
+    record.finish(outcome)
+    run.mirror.summary({"outcome": outcome.state, **outcome.results})
+    run.mirror.finish(0)
+    return record
+
+
+def statistics_rows(config: RunConfig) -> int:
+    """Rows that share one training statistic of a batch norm: accumulation does not add to them, processes do."""
+    return config.data.batch_size * config.training.devices
+
+
+@dataclass
+class _Run:
+    """Everything one run holds while it lasts."""
+
+    config: RunConfig
+    text: PreparedText
+    module: TextModule
+    record: RunRecord
+    console: Console
+
+    def __post_init__(self) -> None:
+        training = self.config.training
+        self.stopwatch = Stopwatch()
+        self.datamodule = TextDataModule(self.config.data, self.config.seed, self.text)
+        self.signals = StopSignals()
+        self.guard = DivergenceGuard(training.divergence_nats)
+        self.checkpoints = Checkpoints(
+            self.record.checkpoints, training.checkpoint_every, training.valid_every, self.stopwatch
+        )
+        accelerator, devices = training.accelerator, training.devices
+        if accelerator == "gpu" and not torch.cuda.is_available():
+            raise InputError("training.accelerator is gpu but torch sees none; use cpu or auto")
+        with _quiet_lightning():
+            self.trainer = pl.Trainer(
+                max_steps=training.steps,
+                max_epochs=-1,
+                accelerator=accelerator,
+                devices=devices,
+                strategy="ddp" if devices > 1 else "auto",
+                precision="bf16-mixed" if training.precision == "bf16" else "32-true",
+                accumulate_grad_batches=training.accumulate,
+                check_val_every_n_epoch=None,
+                val_check_interval=training.valid_every * training.accumulate,
+                num_sanity_val_steps=0,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                default_root_dir=self.record.folder,
+            )
+        self.mirror = WandbMirror.start(self.config, self.record.folder)
+        self.recorder = Recorder(self.record, self.mirror, self.stopwatch)
+
+    @property
+    def step(self) -> int:
+        return self.trainer.global_step
+
+    def train(self) -> Outcome:
+        """Fit, then evaluate the weights with the best validation loss."""
+        self._write_environment()
+        self.text.tokenizer.save(self.record.tokenizer_path)
+        self._add_callbacks()
+        resume = self._resume_path()
+        with _quiet_lightning(), self.signals:
+            try:
+                self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=resume, weights_only=True)
+            except SIGTERMException:
+                self.signals.received = signal.SIGTERM
+            if self.guard.diverged:
+                return self._outcome("diverged", self.guard.reason, self._results(evaluated={}))
+            if self.signals.received is None:
+                self.signals.at_once = True
+                return self._outcome("finished", self._why_finished(), self._results(self._evaluate()))
+        return self._outcome("interrupted", signal.Signals(self.signals.received).name, {})
+
+    def _add_callbacks(self) -> None:
+        training = self.config.training
+        batch = next(iter(self.datamodule.val_dataloader()))
+        callbacks: list[pl.Callback] = [
+            self.signals,
+            self.guard,
+            self.recorder,
+            Activations(self.recorder, batch, training.activations_every),
+            ProgressBar(self.console, self.stopwatch),
+        ]
+        if training.early_stop:
+            callbacks.append(EarlyStopping("valid_loss_nats", patience=training.early_stop, check_finite=False))
+        # Last, so that a checkpoint holds the state of all others.
+        self.trainer.callbacks.extend([*callbacks, self.checkpoints])  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _resume_path(self) -> str | None:
+        """`last.ckpt` if there is one, with the record rewound to it."""
+        path = self.checkpoints.last
+        if not path.exists():
+            self.record.rewind(-1)
+            return None
+        try:
+            step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+        except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
+            raise InputError(
+                f"cannot read the checkpoint {path} ({_one_line(error)}); delete it, or train anew with --output.fresh true"
+            ) from None
+        self.record.rewind(step)
+        self.console.print(f"going on from step {step} of {self.record.folder}", highlight=False)
+        return str(path)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Losses of the best weights on a part of train, on valid and on test, all in evaluation mode."""
+        if self.step % self.config.training.valid_every:
+            # The last step is no validation step: it competes for the best weights all the same.
+            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+            self.recorder.write(self.step, {name: metrics[name] for name in metrics if name.startswith("valid_")})
+            if metrics["valid_loss_nats"] < self.checkpoints.best_loss_nats:
+                self.checkpoints.best_step = self.step
+        if self.checkpoints.best_step != self.step:
+            best = torch.load(self.checkpoints.best, map_location="cpu", weights_only=True)
+            self.module.load_state_dict(best["state_dict"])
+        self.module.evaluated_split = "train"
+        train_part = self.datamodule.train_evaluation_dataloader()
+        results = dict(self.trainer.validate(self.module, dataloaders=train_part, verbose=False)[0])
+        self.module.evaluated_split = "valid"
+        best_row = [r for r in self.record.metrics() if r["step"] == self.checkpoints.best_step and "valid_loss_nats" in r]
+        results |= {name: value for name, value in best_row[-1].items() if name.startswith("valid_")}
+        results |= dict(self.trainer.test(self.module, datamodule=self.datamodule, verbose=False)[0])
+        results["best_step"] = self.checkpoints.best_step
+        return results
+
+    def _results(self, evaluated: dict[str, float]) -> dict[str, float | int | str]:
+        return {
+            **evaluated,
+            **baseline(self.text),
+            "tokens_per_second": self.recorder.tokens_per_second,
+            "peak_memory_mib": _peak_memory_mib(),
+            "parameters": sum(p.numel() for p in self.module.model.parameters()),
+        }
+
+    def _why_finished(self) -> str:
+        if self.step < self.config.training.steps:
+            return f"stopped early: no better validation loss in {self.config.training.early_stop} validations"
+        return ""
+
+    def _outcome(self, state: Any, reason: str, results: dict[str, float | int | str]) -> Outcome:
+        return Outcome(state, reason, self.step, self.stopwatch.seconds, results)
+
+    def _write_environment(self) -> None:
+        environment = collect_environment(self.config, device=_device_name(self.trainer))
+        environment["data"] = self.text.facts()
+        environment["threads"] = torch.get_num_threads()
+        if _couples_rows(self.module):
+            environment["statistics_batch_rows"] = statistics_rows(self.config)
+            if self.config.training.accumulate > 1:
+                accumulated = statistics_rows(self.config) * self.config.training.accumulate
+                self.console.print(
+                    f"warning: with training.accumulate {self.config.training.accumulate} the batch statistics still "
+                    f"see {statistics_rows(self.config)} rows, the gradient {accumulated}",
+                    highlight=False,
+                )
+        self.record.write_environment(environment)
+
+
+def _couples_rows(module: TextModule) -> bool:
+    return any(isinstance(part, Norm) and not part.batch_independent for part in module.modules())
+
+
+def _check_batch_size(config: RunConfig, module: TextModule) -> None:
+    lonely = any(isinstance(part, Norm) and not part.works_at_batch_1 for part in module.modules())
+    if lonely and config.data.batch_size == 1:
+        raise InputError(
+            f"{config.model.norm} takes its statistics over the rows of a batch and data.batch_size is 1; "
+            "use at least 2 rows, or a norm that does not depend on the batch"
+        )
+
+
+def _check_same_text(record: RunRecord, text: PreparedText) -> None:
+    before = record.environment().get("data", {}).get("sha256")
+    if before not in (None, text.sha256) and (record.checkpoints / "last.ckpt").exists():
+        raise InputError(
+            f"the text of {text.name} has changed since {record.folder} was begun; put it back, or train anew with "
+            "--output.fresh true"
+        )
+
+
+def _device_name(trainer: pl.Trainer) -> str:
+    if trainer.strategy.root_device.type == "cuda":
+        return f"{trainer.num_devices} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
+    return "cpu"
+
+
+def _peak_memory_mib() -> float:
+    """Peak memory of this process: of the GPU if one was used, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if os.uname().sysname == "Darwin" else peak / 2**10
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Lightning speaks of devices, tips and epochs; a run of ours says what it does itself."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            warnings.filterwarnings("ignore", module="lightning_fabric")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _failed(error: BaseException, step: int, seconds: float) -> Outcome:
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return Outcome("interrupted", "stopped at once", step, seconds)
+    return Outcome("failed", f"{type(error).__name__}: {_one_line(error)}", step, seconds)
+
+
+def _finish_quietly(record: RunRecord, outcome: Outcome) -> None:
+    try:
+        record.finish(outcome)
+    except OSError:
+        record.release()  # the disk is full or gone: a reader finds "running" without a process, so "killed"
+
+
+def _explain(error: BaseException, record: RunRecord, config: RunConfig) -> str | None:
+    """One line for what the user can mend; None for what is a bug, or already one line."""
+    again = "run the same command again to go on from the last checkpoint"
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+    if out_of_memory:
+        return f"out of memory; lower data.batch_size (now {config.data.batch_size}) or data.length"
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(error, RuntimeError) and "No space left" in str(error)):
+        return f"the disk of {record.folder} is full; free some space, then {again}"
+    if isinstance(error, OSError):
+        return f"cannot write {record.folder}: {error.strerror or error}; mend that, then {again}"
+    return None

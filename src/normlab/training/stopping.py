@@ -1,0 +1,166 @@
+"""What ends a run before its last step, and what it leaves behind: signals, divergence, checkpoints."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import types
+from pathlib import Path
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+
+from normlab.training.module import TextModule
+from normlab.training.stopwatch import Stopwatch
+
+__all__ = ["Checkpoints", "DivergenceGuard", "StopSignals", "exit_code"]
+
+CHECK_EVERY = 10
+"""Optimizer steps between looks at the loss: each look waits for the device."""
+
+
+def stop(trainer: pl.Trainer) -> None:
+    """End the training after this step, without the validation that Lightning adds to an early end."""
+    trainer.should_stop = True
+    trainer.limit_val_batches = 0
+
+
+class StopSignals(pl.Callback):
+    """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+
+    Attributes:
+        received: the signal's number, or None.
+        at_once: the training is over, so that there is no step to wait for.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.at_once = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.at_once or (self.received is not None and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        self.received = number
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.received is not None:
+            stop(trainer)
+
+
+class DivergenceGuard(pl.Callback):
+    """Ends the run when the training loss is not finite or above a bound; that is an outcome, not an error.
+
+    Args:
+        bound_nats: the largest loss that still counts as training.
+    """
+
+    def __init__(self, bound_nats: float) -> None:
+        self.bound_nats = bound_nats
+        self.reason = ""
+        self._worst: torch.Tensor | None = None
+
+    @property
+    def diverged(self) -> bool:
+        return bool(self.reason)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        loss = cast(TextModule, module).last_loss_nats
+        # maximum keeps a NaN, so no step between two looks is missed
+        self._worst = loss if self._worst is None else torch.maximum(self._worst, loss)
+        if trainer.global_step % CHECK_EVERY == 0 or trainer.global_step >= trainer.max_steps:
+            self._look(trainer, float(self._worst), "training")
+            self._worst = None
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and "valid_loss_nats" in trainer.callback_metrics:
+            loss = float(trainer.callback_metrics["valid_loss_nats"])
+            # Only a loss that is no number ends a run here: a large finite one in evaluation mode, where stored
+            # statistics may be off, is a measurement.
+            self._look(trainer, loss if loss != loss or loss == float("inf") else 0.0, "validation")
+
+    def _look(self, trainer: pl.Trainer, loss_nats: float, kind: str) -> None:
+        if not loss_nats <= self.bound_nats and not self.diverged:
+            self.reason = (
+                f"{kind} loss {loss_nats:g} nats at or before step {trainer.global_step} "
+                f"is not below the bound of {self.bound_nats:g}"
+            )
+            stop(trainer)
+
+
+class Checkpoints(pl.callbacks.Checkpoint):
+    """`last.ckpt` to resume from, and `best.ckpt`: the weights with the best validation loss.
+
+    A checkpoint that falls on a validation step is written after the validation, so that a resumed run never
+    misses a validation and the choice of the best one is the same as in an uninterrupted run. Lightning writes a
+    checkpoint to a temporary file and moves it, so that a kill leaves the one before.
+
+    Args:
+        folder: where they go.
+        every: optimizer steps between two `last.ckpt`.
+        valid_every: optimizer steps between validations.
+        stopwatch: is held while writing, so that seconds are seconds of training.
+    """
+
+    def __init__(self, folder: Path, every: int, valid_every: int, stopwatch: Stopwatch) -> None:
+        self.folder = folder
+        self.every = every
+        self.valid_every = valid_every
+        self.stopwatch = stopwatch
+        self.best_loss_nats = float("inf")
+        self.best_step = -1
+        self.saved_step = -1
+
+    @property
+    def last(self) -> Path:
+        return self.folder / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "best.ckpt"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_loss_nats": self.best_loss_nats, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_loss_nats, self.best_step = state_dict["best_loss_nats"], state_dict["best_step"]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self.saved_step:  # a micro-batch that did not complete a step
+            return
+        if trainer.should_stop or (step % self.every == 0 and step % self.valid_every != 0):
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        loss_nats = float(trainer.callback_metrics["valid_loss_nats"])
+        if loss_nats < self.best_loss_nats:
+            self.best_loss_nats, self.best_step = loss_nats, trainer.global_step
+            self._save(trainer, self.best, weights_only=True)
+        self._save_last(trainer)
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        self._save(trainer, self.last, weights_only=False)
+        self.saved_step = trainer.global_step
+
+    def _save(self, trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
+        with self.stopwatch.held():
+            trainer.save_checkpoint(path, weights_only=weights_only)
+
+
+def exit_code(received: int | None) -> int:
+    """Exit code of a run that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 0 for none."""
+    return 0 if received is None else 128 + received

@@ -1,0 +1,131 @@
+"""The Transformer with every norm: no leak from the future, no word from the padding.
+
+Shapes: B batch, T time, F features, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_transformer import (
+    EVERYWHERE,
+    VOCABULARY,
+    build,
+    config,
+    mask_of,
+    norms_of,
+    randomize,
+    tokens,
+)
+from torch import Tensor, nn
+
+from normlab.config import InputError, NormOptions, available_norms
+from normlab.models.transformer import TransformerModel
+
+
+def leak(model: TransformerModel, batch: Tensor) -> tuple[float, float]:
+    """Largest gradient of logits <= t with respect to embeddings (> t, <= t), over all t."""
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    handle = model.token_embedding.register_forward_hook(keep)
+    logits_BTV = model(batch).logits
+    handle.remove()
+    weights_BTV = torch.randn_like(logits_BTV)
+    future, past = 0.0, 0.0
+    for t in range(batch.shape[1] - 1):
+        (gradient_BTF,) = torch.autograd.grad((logits_BTV * weights_BTV)[:, : t + 1].sum(), seen, retain_graph=True)
+        future = max(future, gradient_BTF[:, t + 1 :].abs().max().item())
+        past = max(past, gradient_BTF[:, : t + 1].abs().max().item())
+    return future, past
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", available_norms())
+def test_decoder_is_causal(norm: str, training: bool) -> None:
+    model = build(config(norm=norm, sites=EVERYWHERE))
+    randomize(model)
+    model(tokens(4, 7))
+    future, past = leak(model.train(training), tokens(4, 7))
+    assert future == 0
+    assert past > 0
+
+
+def test_the_causality_test_can_fail() -> None:
+    model = build(config(norm="bn", norm_options=NormOptions(pool="batch_time")))
+    assert leak(model, tokens(4, 7))[0] > 0
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("norm", available_norms())
+def test_padding_does_not_change_the_logits(norm: str, classes: int | None) -> None:
+    model = build(config(norm=norm, sites=EVERYWHERE), classes)
+    randomize(model)
+    for _ in range(2):
+        model(tokens(4, 9))
+    model.eval()
+    lengths = [3, 9, 1, 6]
+    batch, mask = tokens(4, 9), mask_of(lengths, 9)
+    for padding in (-100, 0, VOCABULARY - 1):
+        logits = model(batch.masked_fill(~mask, padding), mask).logits
+        for row, length in enumerate(lengths):
+            alone = model(batch[row : row + 1, :length]).logits[0]
+            padded = logits[row, :length] if classes is None else logits[row]
+            torch.testing.assert_close(padded, alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("norm", available_norms())
+def test_padding_does_not_change_training(norm: str, classes: int | None) -> None:
+    """Logits, gradients and stored statistics are the same however much padding follows."""
+    lengths = [4, 6, 2, 6]
+    batch, results = tokens(4, 6), []
+    for T in (6, 9):
+        torch.manual_seed(1)
+        model = build(config(norm=norm, sites=EVERYWHERE), classes)
+        randomize(model)
+        for module in norms_of(model):
+            # Over one or two time steps a variance is near 0, and a small eps magnifies rounding by 1 / sqrt(eps).
+            module.eps = 0.1
+        wide = torch.cat((batch, tokens(4, T - 6)), dim=1)
+        logits = model(wide, mask_of(lengths, T)).logits
+        if classes is None:
+            logits = logits[mask_of(lengths, T)]
+        logits.square().mean().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        results.append((logits, gradients, dict(model.named_buffers())))
+    for narrow, wide in zip(*results, strict=True):
+        torch.testing.assert_close(wide, narrow, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("norm", available_norms())
+def test_a_row_of_nothing_but_padding_makes_no_nan(norm: str, classes: int | None) -> None:
+    model = build(config(norm=norm, sites=EVERYWHERE), classes)
+    mask = mask_of([5, 0, 3, 5], 5)
+    logits = model(tokens(4, 5), mask).logits
+    (logits.square() if classes else logits[mask]).sum().backward()
+    assert torch.isfinite(logits).all()
+    for parameter in model.parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all()
+    assert torch.isfinite(model.eval()(tokens(4, 5), mask).logits).all()
+
+
+@pytest.mark.parametrize("norm", available_norms())
+def test_one_row_and_one_step(norm: str) -> None:
+    model = build(config(norm=norm))
+    if not all(module.works_at_batch_1 for module in norms_of(model)):
+        with pytest.raises(InputError, match="at least 2 rows"):
+            model(tokens(1, 1))
+        model(tokens(3, 1))
+        model.eval()
+    logits = model(tokens(1, 1)).logits
+    logits.sum().backward()
+    assert logits.shape == (1, 1, VOCABULARY)
+    assert torch.isfinite(logits).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
