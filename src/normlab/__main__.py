@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
@@ -152,13 +153,13 @@ def _model_in_file(path: Path) -> str | None:
         raise InputError(f"the config {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"the config {path} holds no fields; see configs/ for examples")
+    for field in values:
+        require_choice(f"field in {path}:", str(field), [part.name for part in fields(RunConfig)])
     model = values.get("model")
     return str(model["name"]) if isinstance(model, dict) and "name" in model else None
 
 
 def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfig:
-    from dataclasses import replace
-
     from normlab.records.record import RunRecord
 
     changed = [a for a in arguments if a.startswith("--") and not a.startswith(("--resume", "--output."))]
@@ -188,16 +189,19 @@ def _one_line(parser: ArgumentParser, message: str) -> str:
         flag = unknown[1].partition("=")[0]
         flags = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
         group = [name for name in flags if name.rpartition(".")[0] == flag.rpartition(".")[0]]
-        short = [*SHORT, *(name for name in flags if "." not in name)]
+        short = [*SHORT, *(name for name in flags if "." not in name and not name.startswith("--print"))]
         try:
             require_choice("flag" if flag.startswith("-") else "argument", flag, (group if "." in flag else []) or short)
         except InputError as error:
             return str(error)
+    choice = re.search(r'key "([^"]+)":.*?Literal\[([^]]*)\].*value: (\S+)', message, re.DOTALL)
+    if choice is not None:
+        key, choices, got = choice.groups()
+        return f"{key} must be one of {choices.replace(chr(39), '')}, not {got!r}"
     wrong = re.search(r'key "([^"]+)":\s+Expected an? (.*)\. Got value: (.*)', message, re.DOTALL)
     if wrong is not None:
         key, wanted, got = wrong.groups()
-        wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted).replace("typing.", "")
-        wanted = re.sub(r"Literal\[(.*)\]", lambda m: "one of " + m[1].replace("'", ""), wanted)
+        wanted = re.sub(r"<class '(\w+)'>", r"\1", wanted)
         return f"{key} must be {wanted}, not {' '.join(got.split())!r}"
     return " ".join(message.split())
 

@@ -48,7 +48,7 @@ class InputError(ValueError):
 
 def require_choice(what: str, value: str, choices: Iterable[str]) -> None:
     """Raise `InputError` naming the right `choices` (and the nearest one) unless `value` is among them."""
-    names = sorted(choices)
+    names = sorted(set(choices))
     if value in names:
         return
     near = difflib.get_close_matches(value, names, n=1)

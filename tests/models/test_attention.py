@@ -9,6 +9,7 @@ import dataclasses
 import math
 from typing import Any
 
+import pytest
 import torch
 from tiny_transformer import (
     BARE,
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from normlab.config import SiteConfig
-from normlab.models.attention import rotary_rotation, rotate
+from normlab.models.attention import Context, rotary_rotation, rotate, visible_keys
 
 
 def turned(x_BTD: Tensor) -> Tensor:
@@ -94,3 +95,30 @@ def test_query_and_key_norms_come_before_the_rotation() -> None:
     x_BTF = x_BTF + attended
     x_BTF = x_BTF + block.get_submodule("ffn")(x_BTF)
     torch.testing.assert_close(model(batch).logits, model.head(x_BTF.mean(dim=1)), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_query_sees_a_key_and_real_queries_see_real_keys_only(causal: bool) -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]]).bool()
+    visible = visible_keys(mask, causal=causal)
+    assert visible is not None
+    visible = visible.expand(3, 1, 4, 4)[:, 0]
+    assert visible.any(dim=-1).all()
+    for b, query, key in ((b, q, k) for b in range(3) for q in range(4) for k in range(4) if mask[b, q]):
+        assert visible[b, query, key] == (mask[b, key] and (key <= query or not causal))
+    assert visible_keys(None, causal=causal) is None
+
+
+def test_dropout_acts_on_attention_weights_in_training_only() -> None:
+    """Values are constant, so what a head gives is the sum of its weights: a multiple of 1 / (1 - p) / T."""
+    attention = build(config(heads=1, dropout=0.5), classes=3).blocks[0].get_submodule("attention")
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.zero_()
+        attention.get_parameter("qkv.bias")[64:] = 1.0
+        attention.get_parameter("out.weight").copy_(torch.eye(32))
+    x_BTF = torch.randn(2, 10, 32, dtype=torch.float64)
+    kept = attention(x_BTF, Context(None, None, None)) * 5
+    torch.testing.assert_close(kept, kept.round())
+    assert kept.std() > 0.5
+    torch.testing.assert_close(attention.eval()(x_BTF, Context(None, None, None)), torch.ones_like(x_BTF))

@@ -5,7 +5,6 @@ Shapes: B batch, T time, F features, V vocabulary.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normlab.config import InputError, SiteConfig, TransformerSites
-from normlab.models.attention import SelfAttention
+from normlab.models.attention import Context
 from normlab.models.transformer import TransformerModel
 
 
@@ -52,7 +51,8 @@ def gpt2_names(layers: int) -> dict[str, str]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_pre_ln_model_equals_gpt2(tied: bool) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers  # slow to import: only here
+
     theirs_config = transformers.GPT2Config(
         vocab_size=VOCABULARY, n_positions=12, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=tied,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
@@ -169,24 +169,36 @@ def test_rotary_takes_any_length_and_learned_positions_say_what_is_too_long() ->
         learned(tokens(2, 5))
 
 
-def test_dropout_acts_on_embedding_attention_weights_and_sublayers_in_training_only() -> None:
-    model = build(config(dropout=0.5))
-    batch = tokens(4, 6)
-    embedded = model._embed(batch, None)
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_dropout_acts_on_both_sublayers_alone(placement: str) -> None:
+    """With everything dropped, a block is its residual path: nothing in pre and peri, the two norms in post."""
+    block = build(config(placement=placement)).blocks[0]
+    randomize(block)
+    dropout = block.get_submodule("dropout")
+    assert isinstance(dropout, nn.Dropout)
+    dropout.p = 1.0
+    x_BTF = torch.randn(2, 5, 32, dtype=torch.float64)
+    expected = x_BTF
+    if placement == "post":
+        expected = block.get_submodule("ffn_norm")(block.get_submodule("attention_norm")(x_BTF))
+    torch.testing.assert_close(block(x_BTF, Context(None, None, None)), expected)
+
+
+def test_dropout_acts_on_embedding_and_before_the_classifier() -> None:
+    model = build(config(dropout=0.5), classes=3)
+    embedded = model._embed(tokens(4, 6), None)
     assert (embedded == 0).double().mean().item() == pytest.approx(0.5, abs=0.1)
-    attention = model.blocks[0].get_submodule("attention")
-    assert isinstance(attention, SelfAttention)
-    assert attention.dropout == 0.5
-    assert not torch.equal(model(batch).logits, model(batch).logits)
-    model.eval()
-    assert torch.equal(model(batch).logits, model(batch).logits)
-    assert torch.equal(model(batch).logits, _without_dropout(model)(batch).logits)
+    randomize(model)
+    model.dropout.p = 1.0
+    torch.testing.assert_close(model(tokens(4, 6)).logits, model.head.bias.expand(4, 3))
 
 
-def _without_dropout(model: TransformerModel) -> TransformerModel:
-    plain = build(dataclasses.replace(model.config, dropout=0.0)).train()
+def test_no_dropout_in_evaluation() -> None:
+    model = build(config(dropout=0.5)).eval()
+    plain = build(config())
     plain.load_state_dict(model.state_dict())
-    return plain
+    batch = tokens(4, 6)
+    assert torch.equal(model(batch).logits, plain(batch).logits)
 
 
 def test_initial_weights_are_gpt2s() -> None:
@@ -199,6 +211,22 @@ def test_initial_weights_are_gpt2s() -> None:
         else:
             into_residual = "attention.out" in name or "ffn.down" in name
             assert parameter.std().item() == pytest.approx(0.02 / (4 if into_residual else 1), rel=0.1), name
+
+
+def test_activations_are_the_formulas() -> None:
+    x_BTF = torch.randn(2, 3, 32, dtype=torch.float64)
+    for activation in ("gelu", "relu", "sigmoid", "swiglu"):
+        ffn = build(config(activation=activation)).blocks[0].get_submodule("ffn")
+        randomize(ffn)
+        z = ffn.get_submodule("up")(x_BTF)
+        half = z.shape[-1] // 2
+        hidden = {
+            "gelu": lambda z=z: z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+            "relu": lambda z=z: z.clamp(min=0),
+            "sigmoid": lambda z=z: 1 / (1 + torch.exp(-z)),
+            "swiglu": lambda z=z, n=half: z[..., :n] / (1 + torch.exp(-z[..., :n])) * z[..., n:],
+        }[activation]()
+        torch.testing.assert_close(ffn(x_BTF), ffn.get_submodule("down")(hidden))
 
 
 def test_swiglu_has_about_as_many_parameters_as_gelu() -> None:

@@ -5,12 +5,14 @@ Shapes: B batch, T time, F features, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from tiny_transformer import (
     EVERYWHERE,
+    PLACEMENTS,
     VOCABULARY,
     build,
     config,
@@ -21,8 +23,9 @@ from tiny_transformer import (
 )
 from torch import Tensor, nn
 
-from normlab.config import InputError, NormOptions, available_norms
+from normlab.config import InputError, NormOptions, TransformerSites, available_norms
 from normlab.models.transformer import TransformerModel
+from normlab.norms import build_norm
 
 
 def leak(model: TransformerModel, batch: Tensor) -> tuple[float, float]:
@@ -81,13 +84,14 @@ def test_padding_does_not_change_the_logits(norm: str, classes: int | None) -> N
 
 @pytest.mark.parametrize("classes", [None, 3])
 @pytest.mark.parametrize("norm", available_norms())
-def test_padding_does_not_change_training(norm: str, classes: int | None) -> None:
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_padding_does_not_change_training(placement: str, norm: str, classes: int | None) -> None:
     """Logits, gradients and stored statistics are the same however much padding follows."""
     lengths = [4, 6, 2, 6]
     batch, results = tokens(4, 6), []
     for T in (6, 9):
         torch.manual_seed(1)
-        model = build(config(norm=norm, sites=EVERYWHERE), classes)
+        model = build(config(norm=norm, sites=EVERYWHERE, placement=placement), classes)
         randomize(model)
         for module in norms_of(model):
             # Over one or two time steps a variance is near 0, and a small eps magnifies rounding by 1 / sqrt(eps).
@@ -129,3 +133,21 @@ def test_one_row_and_one_step(norm: str) -> None:
     assert logits.shape == (1, 1, VOCABULARY)
     assert torch.isfinite(logits).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("norm", available_norms())
+def test_norms_know_whether_the_model_is_causal(norm: str, classes: int | None) -> None:
+    model = build(config(norm=norm, sites=EVERYWHERE), classes)
+    expected = build_norm(norm, 32, causal=classes is None)
+    assert {module.causal for module in norms_of(model)} == {expected.causal}
+    assert {module.site for module in norms_of(model)} == {f.name for f in dataclasses.fields(TransformerSites)}
+
+
+def test_a_step_norm_keeps_statistics_for_every_training_position() -> None:
+    model = build(config(norm="bn_step"), length=12)
+    for _ in range(3):
+        model(tokens(4, 12))
+    changed = [buffer for module in norms_of(model) for buffer in module.buffers() if buffer.shape == (12, 32)]
+    assert len(changed) >= 2 * 5
+    assert all(len({tuple(row.tolist()) for row in buffer}) == 12 for buffer in changed)

@@ -56,11 +56,27 @@ def _counts(*values: int) -> dict[str, tuple[int, ...]]:
 
 
 SENTIMENT = ("negative", "positive")
-NEWSGROUPS = tuple(
-    """alt.atheism comp.graphics comp.os.ms-windows.misc comp.sys.ibm.pc.hardware comp.sys.mac.hardware comp.windows.x
-    misc.forsale rec.autos rec.motorcycles rec.sport.baseball rec.sport.hockey sci.crypt sci.electronics sci.med
-    sci.space soc.religion.christian talk.politics.guns talk.politics.mideast talk.politics.misc
-    talk.religion.misc""".split()
+NEWSGROUPS = (
+    "alt.atheism",
+    "comp.graphics",
+    "comp.os.ms-windows.misc",
+    "comp.sys.ibm.pc.hardware",
+    "comp.sys.mac.hardware",
+    "comp.windows.x",
+    "misc.forsale",
+    "rec.autos",
+    "rec.motorcycles",
+    "rec.sport.baseball",
+    "rec.sport.hockey",
+    "sci.crypt",
+    "sci.electronics",
+    "sci.med",
+    "sci.space",
+    "soc.religion.christian",
+    "talk.politics.guns",
+    "talk.politics.mideast",
+    "talk.politics.misc",
+    "talk.religion.misc",
 )
 LDC = "text copyright LDC; Mikolov's preprocessing"
 HELD_OUT = "valid is 10 % of the official training split, by hash"
@@ -72,7 +88,7 @@ ENTRIES: Mapping[str, Entry] = {
         "char",
         _counts(5_017_482, 393_042, 442_423),
         LDC,
-        note="one newline per line, no boundary space (442,423 test characters; Cooijmans et al. 2016 keep one: 446,184)",
+        note="no space at line ends: 442,423 test characters, where Cooijmans et al. 2016 have 446,184",
     ),
     "wikitext-2": Entry("text", "word", _counts(2_088_628, 217_646, 245_569), "CC BY-SA"),
     "wikitext-103": Entry("text", "word", _counts(103_227_021, 217_646, 245_569), "CC BY-SA"),
@@ -177,8 +193,8 @@ def _folder_of(name: str) -> Path | None:
 
 
 def _hint(name: str) -> str:
-    local = f"put its files in {FOLDERS.get(name, name)}/ in the folder that NORMLAB_DATA names" if name in READERS else ""
-    hub = f"connect to huggingface.co and install datasets (hub id {HUB[name].id})" if name in HUB else ""
+    local = f"put its files in NORMLAB_DATA/{FOLDERS.get(name, name)}/" if name in READERS else ""
+    hub = f"install datasets and connect to the hub (id {HUB[name].id})" if name in HUB else ""
     return " or ".join(part for part in (local, hub) if part)
 
 

@@ -161,7 +161,6 @@ def read_hub(name: str, hint: str) -> Splits:
     _set_patience()
     import datasets
 
-    errors = (OSError, RuntimeError, ValueError, LookupError, datasets.exceptions.DatasetsError)
     try:
         with _quiet(datasets):
             try:
@@ -170,13 +169,26 @@ def read_hub(name: str, hint: str) -> Splits:
                 if "script" not in str(error):
                     raise
                 data = datasets.load_dataset(source.id, source.config, revision=PARQUET)
-    except errors as error:
+    except _hub_errors() as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
         raise InputError(f"corpus {name!r}: cannot get {source} from the hub ({reason}); {hint}") from error
     try:
         return source.convert(data)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"corpus {name!r}: {source} has changed its columns ({error}); {hint}") from error
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What an unknown id, no network or a broken answer can raise; the client's own errors share no base class."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub import errors
+
+    own = [
+        getattr(errors, name)
+        for name in ("HTTPError", "XetDownloadError", "EntryNotFoundError")
+        if hasattr(errors, name)
+    ]
+    return (OSError, RuntimeError, ValueError, LookupError, DatasetsError, *own)
 
 
 def _set_patience() -> None:

@@ -110,7 +110,7 @@ _QUOTE = re.compile(r"(writes in|writes:|wrote:|says:|said:|^In article|^Quoted 
 
 
 def strip_post(text: str) -> str:
-    """A news post without header, signature and quoted lines, by the rules and in the order of scikit-learn's `remove=`.
+    """A news post without header, signature and quoted lines, as scikit-learn's `remove=` does it.
 
     Headers name the class; the copy on the hub went through the same.
     """

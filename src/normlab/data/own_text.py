@@ -55,7 +55,9 @@ def _text_files(folder: Path) -> list[Path]:
 
 
 def _folder(folder: Path) -> dict[str, Split]:
-    texts = [text if text.endswith("\n") else text + "\n" for text in map(read_text, _text_files(folder)) if text.strip()]
+    texts = [
+        text if text.endswith("\n") else text + "\n" for text in map(read_text, _text_files(folder)) if text.strip()
+    ]
     joined = _checked(folder, "".join(texts))
     if len(texts) < MINIMUM_FILES_TO_HASH:
         return contiguous(joined)
@@ -133,7 +135,9 @@ def _check_splits(path: Path, splits: dict[str, Split], classes: Sequence[str]) 
             raise InputError(f"{path} is so small that no text falls in the {name} split; give more rows")
     missing = sorted(set(range(len(classes))) - set(splits["train"].labels or ()))
     if missing:
-        raise InputError(f"{path}: no text of class {classes[missing[0]]!r} falls in the training split; give more of it")
+        raise InputError(
+            f"{path}: no text of class {classes[missing[0]]!r} falls in the training split; give more of it"
+        )
 
 
 def _sorted_labels(names: set[str]) -> tuple[str, ...]:

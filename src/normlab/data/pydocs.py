@@ -26,7 +26,7 @@ from normlab.data.splits import Split, by_hash
 __all__ = ["MINIMUM_CHARACTERS", "cache_file", "load_pydocs", "read_standard_library"]
 
 MINIMUM_CHARACTERS = 100
-"""Shorter docstrings ("Return self.") are left out: they hold little prose, and a hash split of many near-copies leaks."""
+"""Shorter docstrings ("Return self.") are left out: little prose, and near-copies would leak between splits."""
 
 FORMAT = 1
 """Part of the cache's name; raise it when the rules of this file change."""
@@ -40,16 +40,16 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def load_pydocs() -> dict[str, Split]:
     """The three splits, from the cache if it is sound, else from the sources (and then cached if that is possible)."""
     path = cache_file()
-    texts = _read_cache(path)
-    if texts is None:
-        texts = read_standard_library(Path(sysconfig.get_path("stdlib")))
-        _write_cache(path, texts)
+    cached = _read_cache(path)
+    texts = read_standard_library(Path(sysconfig.get_path("stdlib"))) if cached is None else cached
     splits = by_hash(texts, None, {"train": 0.90, "valid": 0.05, "test": 0.05})
     if any(sum(map(len, split.texts)) < 1000 for split in splits.values()):
         raise InputError(
             f"this Python has no sources of its standard library in {sysconfig.get_path('stdlib')}; "
             "give another corpus, e.g. --data.corpus path/to/text.txt"
         )
+    if cached is None:
+        _write_cache(path, texts)
     return splits
 
 
@@ -74,9 +74,17 @@ def _documents(root: Path) -> Iterator[str]:
         tree = _parse(path)
         if tree is None:
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, DOCUMENTED):
-                yield ast.get_docstring(node, clean=False) or ""
+        yield from _docstrings(tree)
+
+
+def _docstrings(node: ast.AST) -> Iterator[str]:
+    """Docstrings at and below a statement, in the order of the source. Expressions, most of a tree, hold none."""
+    if isinstance(node, DOCUMENTED):
+        yield ast.get_docstring(node, clean=False) or ""
+    for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+        inner = getattr(node, block, None)
+        for child in inner if isinstance(inner, list) else ():
+            yield from _docstrings(child)
 
 
 def _topics(path: Path) -> Iterator[str]:

@@ -93,15 +93,13 @@ def by_hash(
                 break
         chosen[name].append(index)  # the last name takes what rounding leaves
     return {
-        name: Split(
-            tuple(texts[i] for i in rows), None if labels is None else tuple(labels[i] for i in rows)
-        )
+        name: Split(tuple(texts[i] for i in rows), None if labels is None else tuple(labels[i] for i in rows))
         for name, rows in chosen.items()
     }
 
 
 def contiguous(text: str) -> dict[str, Split]:
-    """The first 90 %, next 5 % and last 5 % of `text`, cut after a line end or a space where one is near (within 1 %)."""
+    """The first 90 %, next 5 % and last 5 % of `text`, cut after a line end or space where one is near (1 %)."""
     first, second = _cut(text, 0.90), _cut(text, 0.95)
     parts = {"train": text[:first], "valid": text[first:second], "test": text[second:]}
     for name, part in parts.items():

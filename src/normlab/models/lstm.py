@@ -5,7 +5,7 @@ Shape suffixes: B batch, T time, F features, P output features; L layers times d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -61,7 +61,20 @@ class LSTMState(tuple[Tensor, Tensor]):
         h, c = (torch.where(fresh_B.unsqueeze(-1), new, old) for new, old in zip(start, self, strict=True))
         return LSTMState(h, c, torch.where(fresh_B, start.step, self.step), carry)
 
-    def _map(self, fn: Any) -> LSTMState:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers of tensors, which `torch.load(weights_only=True)` reads."""
+        carry = self.carry and [[prefix and list(prefix) for prefix in sites] for sites in self.carry]
+        return {"h": self[0], "c": self[1], "step": self.step, "carry": carry}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LSTMState:
+        """The inverse of `to_dict`."""
+        carry = values["carry"] and tuple(
+            SiteCarry(*(prefix and Prefix(*prefix) for prefix in sites)) for sites in values["carry"]
+        )
+        return cls(values["h"], values["c"], values["step"], carry)
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> LSTMState:
         def prefix(value: Prefix | None) -> Prefix | None:
             return value and Prefix(*(fn(part) for part in value))
 
@@ -75,7 +88,8 @@ class LSTM(nn.LSTM):
     With every site bare it equals torch.nn.LSTM with the same state_dict. The state it returns is an `LSTMState`: it
     unpacks as (h, c) and carries the time step of each row, so that norms with statistics per time step go on
     counting when the state is passed to the next call. A plain (h, c) starts at time step 0. Each layer and
-    direction has norms of its own; a backward direction reads only the valid part of a row, reversed, and counts its own steps.
+    direction has norms of its own; a backward direction reads only the valid part of a row, reversed, and counts
+    its own steps.
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype:
@@ -133,9 +147,11 @@ class LSTM(nn.LSTM):
         for suffix in self._suffixes():
             self.norms[suffix] = nn.ModuleDict(
                 {
-                    "input_to_hidden": factory("input_to_hidden", 4 * hidden_size, bias=False, recurrent=False),
-                    "hidden_to_hidden": factory("hidden_to_hidden", 4 * hidden_size, bias=False, recurrent=True),
-                    "cell": factory("cell", hidden_size, recurrent=True),
+                    "input_to_hidden": factory("input_to_hidden", 4 * hidden_size, bias=False, recurrent=True),
+                    "hidden_to_hidden": factory(
+                        "hidden_to_hidden", 4 * hidden_size, bias=False, recurrent=True, stepwise=True
+                    ),
+                    "cell": factory("cell", hidden_size, recurrent=True, stepwise=True),
                 }
             )
         self.norms.to(device=device, dtype=dtype)
@@ -267,7 +283,7 @@ class LSTM(nn.LSTM):
     def _zeros(self, x_TBF: Tensor) -> tuple[Tensor, Tensor]:
         # In the precision of the weights, not of x, which autocast may have lowered.
         count, rows = len(self._suffixes()), x_TBF.shape[1]
-        like = self.weight_hh_l0
+        like = cast(Tensor, self.weight_hh_l0)
         return (
             like.new_zeros(count, rows, self.proj_size or self.hidden_size),
             like.new_zeros(count, rows, self.hidden_size),
@@ -287,11 +303,11 @@ class LSTM(nn.LSTM):
         return SiteNorms(*(cast(Norm, norms[site]) for site in SiteNorms._fields))
 
     @staticmethod
-    def _restate(hx: tuple[Tensor, Tensor], fn: Any, rows: int) -> LSTMState:
+    def _restate(hx: tuple[Tensor, Tensor], fn: Callable[[Tensor], Tensor], rows: int) -> LSTMState:
         """`hx` with `fn` applied to h and c: adds or removes the batch dimension."""
-        known = isinstance(hx, LSTMState)
-        step = hx.step if known else torch.zeros(rows, dtype=torch.long, device=hx[0].device)
-        return LSTMState(fn(hx[0]), fn(hx[1]), step, hx.carry if known else None)
+        if isinstance(hx, LSTMState):
+            return LSTMState(fn(hx[0]), fn(hx[1]), hx.step, hx.carry)
+        return LSTMState(fn(hx[0]), fn(hx[1]), torch.zeros(rows, dtype=torch.long, device=hx[0].device))
 
 
 def _to_longest(x_TBF: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:

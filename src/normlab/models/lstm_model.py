@@ -45,7 +45,7 @@ class LSTMModel(nn.Module):
             config.width,
             config.layers,
             batch_first=True,
-            dropout=config.dropout,
+            dropout=config.dropout if config.layers > 1 else 0.0,
             bidirectional=config.bidirectional,
             norm=config.norm,
             norm_options=config.norm_options,
@@ -93,16 +93,13 @@ class LSTMModel(nn.Module):
         out_BTP = cast(Tensor, out)
         if self.classes is None:
             return ModelOutput(self.head(self.dropout(out_BTP)), state)
-        if lengths is None:
-            mean_BP = out_BTP.mean(1)
-        else:
-            # Outputs at padding are 0.
-            mean_BP = out_BTP.sum(1) / lengths.clamp(min=1).unsqueeze(-1)
+        # Outputs at padding are 0.
+        mean_BP = out_BTP.mean(1) if lengths is None else out_BTP.sum(1) / lengths.clamp(min=1).unsqueeze(-1)
         return ModelOutput(self.head(self.dropout(mean_BP)), None)
 
     def initial_state(self, rows: int) -> LSTMState:
         """The state of `rows` texts not begun: learned or zero, with noise in training if the config has it."""
-        weight = self.lstm.weight_hh_l0
+        weight = cast(Tensor, self.lstm.weight_hh_l0)
         values: list[Tensor] = []
         for learned in (self.initial_h, self.initial_c):
             shape = (self.lstm.num_layers * (2 if self.lstm.bidirectional else 1), rows, self.config.width)

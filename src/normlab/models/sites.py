@@ -43,19 +43,22 @@ class NormFactory:
         name = self._site(site).norm
         return self.norm if name == MODEL_NORM else name
 
-    def __call__(self, site: str, dim: int, *, bias: bool = True, recurrent: bool = False) -> Norm:
+    def __call__(
+        self, site: str, dim: int, *, bias: bool = True, recurrent: bool = False, stepwise: bool = False
+    ) -> Norm:
         """The norm at `site` over `dim` features.
 
         Args:
             bias: whether the norm may have a bias there.
-            recurrent: it stands inside a recurrence: published gain, statistics that never wait for later time steps.
+            recurrent: it belongs to a recurrent cell: the gain is the one published for such cells.
+            stepwise: it is called one time step at a time: statistics cannot wait for later ones.
         """
         name = self.name_at(site)
         cls, takes = norm_class(name), norm_options(name)
         options: dict[str, Any] = {key: value for key, value in self.options.items() if key in takes}
         if "max_steps" in takes:
             options.setdefault("max_steps", self.max_steps)
-        if recurrent and cls.recurrent_pool is not None:
+        if stepwise and cls.recurrent_pool is not None:
             options["pool"] = cls.recurrent_pool
         gain = self._site(site).gain
         if gain is None:

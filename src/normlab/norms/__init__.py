@@ -17,12 +17,13 @@ __all__ = ["build_norm", "norm_class", "norm_options"]
 def norm_class(name: str) -> type[Norm]:
     """The class in the file `norms/<name>.py`; unknown names raise `InputError`."""
     require_choice("norm", name, available_norms())
-    base = importlib.import_module("normlab.norms.base")
+    from normlab.norms.base import Norm
+
     module = importlib.import_module(f"normlab.norms.{name}")
     found = [
         value
         for value in vars(module).values()
-        if inspect.isclass(value) and issubclass(value, base.Norm) and value.__module__ == module.__name__
+        if inspect.isclass(value) and issubclass(value, Norm) and value.__module__ == module.__name__
     ]
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define exactly one Norm, not {len(found)}")

@@ -35,8 +35,8 @@ class Norm(nn.Module, ABC):
         works_at_batch_1: can train on a batch of one row.
         identity: does nothing; stands at bare sites.
         per_step: stores values per time step, hence needs to know the time step.
-        recurrent_gain: published initial gain inside a recurrence.
-        recurrent_pool: the pool a recurrence can use, since later steps are not computed yet; None = no choice.
+        recurrent_gain: published initial gain in a recurrent cell.
+        recurrent_pool: the pool it takes when called one time step at a time; None = no choice.
         site: name of the site it stands at.
 
     Args:

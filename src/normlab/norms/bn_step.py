@@ -13,7 +13,7 @@ from normlab.norms.moments import Moments, Prefix, distinct_steps, grouped_momen
 
 @final
 class StepBatchNorm(Norm):
-    """y = (x - mean_t) / sqrt(var_t + eps) * weight + bias over the rows at time step t; gain and bias shared over time.
+    """y = (x - mean_t) / sqrt(var_t + eps) * weight + bias over the rows at time step t; weight and bias serve all t.
 
     Stored values: one set per time step t < `max_steps`; later time steps share the last. In evaluation a time step
     never updated takes the nearest earlier one that was. A time step with a single row has no variance: it takes the

@@ -18,7 +18,7 @@ class GroupNorm(Norm):
     Equals torch.nn.GroupNorm applied to every token by itself. One group is layer normalization.
 
     Args:
-        groups: number of groups; must divide `dim`.
+        groups: number of groups; must divide `dim` and leave at least 2 features to each.
     """
 
     formula = "(x - mean_group) / sqrt(var_group + eps) * weight + bias"
@@ -41,6 +41,10 @@ class GroupNorm(Norm):
             raise InputError(
                 f"gn cannot cut {dim} features into {groups} equal groups; "
                 f"set model.norm_options.groups to a divisor of {dim}"
+            )
+        if groups == dim:
+            raise InputError(
+                f"gn with {groups} groups of one feature makes every entry 0; set model.norm_options.groups below {dim}"
             )
         self.groups = groups
 

@@ -20,27 +20,33 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     config, outcome, environment = record.config, record.outcome(), record.environment()
     results = outcome.results
     data = environment.get("data", {})
+    tokens = str(data.get("tokens", config.data.tokens))
     rows = [
         ("run", record.id),
         ("outcome", outcome.state + (f": {outcome.reason}" if outcome.reason else "")),
         ("norm", config.model.norm),
         ("model", _model(record)),
-        ("corpus", f"{config.data.corpus}, {data.get('tokens', config.data.tokens)} tokens"),
+        ("corpus", f"{config.data.corpus}, {tokens} tokens"),
         ("steps", f"{outcome.step} of {config.training.steps} in {outcome.seconds:.0f} s of training"),
     ]
     if "best_step" in results:
         rows.append(("weights", f"of step {results['best_step']} (best validation loss)"))
     for split in SPLITS:
         if f"{split}_loss_nats" in results:
-            rows.append((split, _losses(results, split)))
+            rows.append((split, _losses(results, split, tokens)))
     if "evaluation" in data and "test_loss_nats" in results:
         rows.append(("evaluated", str(data["evaluation"])))
     if "unigram_test_loss_nats" in results:
-        rows.append(("baseline", f"unigram, test: {_losses(results, 'unigram_test')}"))
+        rows.append(("baseline", f"unigram, test: {_losses(results, 'unigram_test', tokens)}"))
     if "majority_test_accuracy" in results:
         rows.append(("baseline", f"majority class, test: accuracy {float(results['majority_test_accuracy']):.2%}"))
     if "tokens_per_second" in results:
-        rows.append(("speed", f"{float(results['tokens_per_second']):,.0f} tokens per second, {environment.get('machine', '?')}"))
+        rows.append(
+            (
+                "speed",
+                f"{float(results['tokens_per_second']):,.0f} tokens per second, {environment.get('machine', '?')}",
+            )
+        )
         rows.append(("peak memory", f"{float(results['peak_memory_mib']):,.0f} MiB"))
     rows.append(("record", str(record.folder)))
     rows.append(("look", f"python -m normlab show {_shown(record)}; make watch"))
@@ -68,9 +74,11 @@ def _model(record: RunRecord) -> str:
     return shape if parameters is None else f"{shape}, {int(parameters):,} parameters"
 
 
-def _losses(results: dict[str, float | int | str], split: str) -> str:
+def _losses(results: dict[str, float | int | str], split: str, tokens: str) -> str:
     parts = [f"{float(results[f'{split}_loss_nats']):.4f} nats"]
-    units = {"bits_per_char": "{:.4f} bits per character", "word_perplexity": "{:,.1f} word perplexity"}
+    units = {"bits_per_char": "{:.4f} bits per character"}
+    if tokens != "char":  # the perplexity of a character model is in the record, and of no use to the eye
+        units["word_perplexity"] = "{:,.1f} word perplexity"
     for name, form in units.items():
         value = results.get(f"{split}_{name}")
         if value is not None and math.isfinite(float(value)):

@@ -21,12 +21,12 @@ from normlab.norms.moments import Moments, Prefix
 
 
 class Weights(NamedTuple):
-    """Parameters of one layer and direction; `projection_PH` as in torch's proj_size."""
+    """Parameters of one layer and direction: G x I, G x P, G and, with torch's proj_size, P x H."""
 
-    input_GI: Tensor
-    hidden_GP: Tensor
-    bias_G: Tensor | None
-    projection_PH: Tensor | None
+    input: Tensor
+    hidden: Tensor
+    bias: Tensor | None
+    projection: Tensor | None
 
 
 class SiteNorms(NamedTuple):
@@ -35,6 +35,14 @@ class SiteNorms(NamedTuple):
     input_to_hidden: Norm
     hidden_to_hidden: Norm
     cell: Norm
+
+
+class SiteCarry(NamedTuple):
+    """Running statistics of the norms of one layer and direction that pool over time; None for the others."""
+
+    input_to_hidden: Prefix | None
+    hidden_to_hidden: Prefix | None
+    cell: Prefix | None
 
 
 class _Site:
@@ -80,16 +88,16 @@ def lstm_layer(
     """
     carry = carry or SiteCarry(None, None, None)
     projected, statistics, input_carry = norms.input_to_hidden.normalize(
-        F.linear(x_TBI, weights.input_GI).transpose(0, 1), mask_BT, step, carry.input_to_hidden
+        F.linear(x_TBI, weights.input).transpose(0, 1), mask_BT, step, carry.input_to_hidden
     )
     if norms.input_to_hidden.training and statistics is not None:
         norms.input_to_hidden.store(statistics, step)
-    if weights.bias_G is not None:
-        projected = projected + weights.bias_G
+    if weights.bias is not None:
+        projected = projected + weights.bias
 
     hidden_site = _Site(norms.hidden_to_hidden, step, carry.hidden_to_hidden)
     cell_site = _Site(norms.cell, step, carry.cell)
-    hidden_PG = weights.hidden_GP.t()
+    hidden_PG = weights.hidden.t()
     hidden_bare, cell_bare = norms.hidden_to_hidden.identity, norms.cell.identity
     steps = projected.unbind(1)
     masks = [None] * len(steps) if mask_BT is None else mask_BT.split(1, dim=1)
@@ -103,8 +111,8 @@ def lstm_layer(
         i, f, g, o = gates_BG.chunk(4, 1)
         new_c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         new_h = torch.sigmoid(o) * torch.tanh(new_c if cell_bare else cell_site(new_c, keep_B1, time))
-        if weights.projection_PH is not None:
-            new_h = F.linear(new_h, weights.projection_PH)
+        if weights.projection is not None:
+            new_h = F.linear(new_h, weights.projection)
         if keep_B1 is None:
             h, c = new_h, new_c
         else:
@@ -117,14 +125,6 @@ def lstm_layer(
     if mask_BT is not None:
         out_TBP = out_TBP.masked_fill(~mask_BT.t().unsqueeze(-1), 0)
     return out_TBP, h, c, SiteCarry(input_carry, hidden_site.carry, cell_site.carry)
-
-
-class SiteCarry(NamedTuple):
-    """Running statistics of the norms of one layer and direction that pool over time; None for the others."""
-
-    input_to_hidden: Prefix | None
-    hidden_to_hidden: Prefix | None
-    cell: Prefix | None
 
 
 def reverse_valid(x_TBF: Tensor, length_B: Tensor | None) -> Tensor:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytorch_lightning as pl
 
 from normlab.config import DataConfig
-from normlab.data.batches import BatchStream, evaluation_stream, training_stream
-from normlab.data.prepared import PreparedText, prepare
+from normlab.data.batches import Loader, make_loader
+from normlab.data.prepared import EncodedSplit, PreparedText, prepare
 
 __all__ = ["TextDataModule"]
 
+LARGEST_LOGITS = 2**24
+"""Scores held at once in evaluation: 64 MiB in fp32."""
+
 
 class TextDataModule(pl.LightningDataModule):
-    """Batches of one corpus, assembled from one array in memory: nothing is left for worker processes to do.
+    """Batches of one corpus, sliced from one array in memory: nothing is left for worker processes to do.
 
     Args:
         data: which text, in which symbols, in which batches.
@@ -32,20 +37,37 @@ class TextDataModule(pl.LightningDataModule):
             self._text = prepare(self.data)
         return self._text
 
-    def train_dataloader(self) -> BatchStream:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        return training_stream(self.text, self.data, seed=self.seed, rank=rank, world=world)
+    def train_dataloader(self) -> Loader:
+        return self._loader(self.text, "train", train=True)
 
-    def val_dataloader(self) -> BatchStream:
-        return self._evaluation("valid")
+    def val_dataloader(self) -> Loader:
+        return self._loader(self.text, "valid", train=False)
 
-    def test_dataloader(self) -> BatchStream:
-        return self._evaluation("test")
+    def test_dataloader(self) -> Loader:
+        return self._loader(self.text, "test", train=False)
 
-    def train_evaluation_dataloader(self) -> BatchStream:
-        """A fixed part of the training split, as large as the validation split."""
-        return self._evaluation("train")
+    def train_part_dataloader(self) -> Loader:
+        """The first part of the training split, as large as the validation split, in evaluation order."""
+        part = _first_part(self.text.splits["train"], self.text.splits["valid"])
+        text = dataclasses.replace(self.text, splits={**self.text.splits, "train": part})
+        return self._loader(text, "train", train=False)
 
-    def _evaluation(self, split: str) -> BatchStream:
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
-        return evaluation_stream(self.text, self.data, split, rank=rank, world=world)
+    def _loader(self, text: PreparedText, split: str, *, train: bool) -> Loader:
+        data = self.data
+        if not train and data.stream == "windows":
+            # No row sees another in evaluation, so larger batches change nothing but the time; a stateful stream
+            # keeps its rows, whose number decides how often the state restarts.
+            rows = LARGEST_LOGITS // (text.length * text.vocabulary)
+            data = dataclasses.replace(data, batch_size=max(data.batch_size, min(4 * data.batch_size, rows)))
+        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return make_loader(text, data, split, train=train, seed=self.seed, rank=rank, world=world)
+
+
+def _first_part(whole: EncodedSplit, like: EncodedSplit) -> EncodedSplit:
+    if whole.labels is None:
+        count = min(len(whole.ids), len(like.ids))
+        return dataclasses.replace(whole, ids=whole.ids[:count], lengths=whole.lengths.clip(max=count))
+    count = min(len(whole.starts), len(like.starts))
+    return dataclasses.replace(
+        whole, starts=whole.starts[:count], lengths=whole.lengths[:count], labels=whole.labels[:count]
+    )

@@ -20,6 +20,7 @@ from normlab.models.lstm import LSTMState
 from normlab.models.lstm_model import LSTMModel
 from normlab.models.transformer import TransformerModel
 from normlab.tasks.losses import LOSSES, Losses
+from normlab.tasks.metrics import language_metrics
 from normlab.training.optim import build_optimizer, build_schedule
 
 __all__ = ["TextModule", "build_model"]
@@ -29,8 +30,8 @@ def build_model(config: RunConfig, text: PreparedText) -> nn.Module:
     """The model that `config` describes, with the input and output sizes that `text` needs."""
     classes = len(text.classes) if text.classes is not None else None
     if isinstance(config.model, LSTMConfig):
-        return LSTMModel(config.model, text.vocabulary_size, classes=classes, length=text.length)
-    return TransformerModel(config.model, text.vocabulary_size, classes=classes, length=text.length)
+        return LSTMModel(config.model, text.vocabulary, classes=classes, length=text.length)
+    return TransformerModel(config.model, text.vocabulary, classes=classes, length=text.length)
 
 
 class TextModule(pl.LightningModule):
@@ -130,8 +131,9 @@ class TextModule(pl.LightningModule):
         if self.text.task == "classification":
             metrics["accuracy"] = float(self.accuracy.compute())
         else:
-            metrics |= self.text.converted(split, metrics["loss_nats"])
-        self.log_dict({f"{split}_{name}": value for name, value in metrics.items()}, prog_bar=split == "valid")
+            metrics |= language_metrics(self.text, split, metrics["loss_nats"])
+        exact = {f"{split}_{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+        self.log_dict(exact, prog_bar=split == "valid")
 
     # What a checkpoint needs beside weights and optimizer for a resumed run to be the same run.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
@@ -26,7 +27,7 @@ from normlab.norms.base import Norm
 from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
-from normlab.tasks.baselines import baseline
+from normlab.tasks.metrics import baseline, evaluation_note
 from normlab.training.datamodule import TextDataModule
 from normlab.training.module import TextModule
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
@@ -78,6 +79,8 @@ def train(config: RunConfig) -> RunRecord:
     record.finish(outcome)
     run.mirror.summary({"outcome": outcome.state, **outcome.results})
     run.mirror.finish(0)
+    if run.mirror.where():
+        run._say(run.mirror.where())
     return record
 
 
@@ -121,17 +124,21 @@ class _Run:
                 val_check_interval=training.valid_every * training.accumulate,
                 num_sanity_val_steps=0,
                 logger=False,
+                enable_checkpointing=False,  # ours is added below
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 use_distributed_sampler=False,
                 default_root_dir=self.record.folder,
             )
-        self.mirror = WandbMirror.start(self.config, self.record.folder)
+        self.mirror = WandbMirror.start(self.config, self.record.folder, self._say)
         self.recorder = Recorder(self.record, self.mirror, self.stopwatch)
 
     @property
     def step(self) -> int:
         return self.trainer.global_step
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def train(self) -> Outcome:
         """Fit, then evaluate the weights with the best validation loss."""
@@ -179,7 +186,7 @@ class _Run:
                 f"cannot read the checkpoint {path} ({_one_line(error)}); delete it, or train anew with --output.fresh true"
             ) from None
         self.record.rewind(step)
-        self.console.print(f"going on from step {step} of {self.record.folder}", highlight=False)
+        self._say(f"going on from step {step} of {self.record.folder}")
         return str(path)
 
     def _evaluate(self) -> dict[str, float]:
@@ -195,7 +202,7 @@ class _Run:
             best = torch.load(self.checkpoints.best, map_location="cpu", weights_only=True)
             self.module.load_state_dict(best["state_dict"])
         self.module.evaluated_split = "train"
-        train_part = self.datamodule.train_evaluation_dataloader()
+        train_part = self.datamodule.train_part_dataloader()
         results = dict(self.trainer.validate(self.module, dataloaders=train_part, verbose=False)[0])
         self.module.evaluated_split = "valid"
         best_row = [r for r in self.record.metrics() if r["step"] == self.checkpoints.best_step and "valid_loss_nats" in r]
@@ -222,19 +229,36 @@ class _Run:
         return Outcome(state, reason, self.step, self.stopwatch.seconds, results)
 
     def _write_environment(self) -> None:
-        environment = collect_environment(self.config, device=_device_name(self.trainer))
-        environment["data"] = self.text.facts()
+        environment = collect_environment(_devices(self.trainer))
+        environment["data"] = _facts(self.text, self.config)
         environment["threads"] = torch.get_num_threads()
         if _couples_rows(self.module):
             environment["statistics_batch_rows"] = statistics_rows(self.config)
             if self.config.training.accumulate > 1:
                 accumulated = statistics_rows(self.config) * self.config.training.accumulate
-                self.console.print(
+                self._say(
                     f"warning: with training.accumulate {self.config.training.accumulate} the batch statistics still "
-                    f"see {statistics_rows(self.config)} rows, the gradient {accumulated}",
-                    highlight=False,
+                    f"see {statistics_rows(self.config)} rows, the gradient {accumulated}"
                 )
         self.record.write_environment(environment)
+
+
+def _facts(text: PreparedText, config: RunConfig) -> dict[str, Any]:
+    """What the record says about the data."""
+    return {
+        "corpus": text.name,
+        "sha256": text.sha256,
+        "source": text.source,
+        "license": text.license,
+        "note": text.note,
+        "task": text.task,
+        "classes": text.classes,
+        "tokens": text.tokenizer.kind,
+        "vocabulary": text.vocabulary,
+        "length": text.length,
+        "evaluation": evaluation_note(text, config.data.stream),
+        "splits": {name: dataclasses.asdict(split.counts) for name, split in text.splits.items()},
+    }
 
 
 def _couples_rows(module: TextModule) -> bool:
@@ -259,10 +283,11 @@ def _check_same_text(record: RunRecord, text: PreparedText) -> None:
         )
 
 
-def _device_name(trainer: pl.Trainer) -> str:
-    if trainer.strategy.root_device.type == "cuda":
-        return f"{trainer.num_devices} x {torch.cuda.get_device_name(trainer.strategy.root_device)}"
-    return "cpu"
+def _devices(trainer: pl.Trainer) -> list[str]:
+    """Names of the accelerators in use; none on a CPU."""
+    if trainer.strategy.root_device.type != "cuda":
+        return []
+    return [torch.cuda.get_device_name(trainer.strategy.root_device)] * trainer.num_devices
 
 
 def _peak_memory_mib() -> float:

@@ -1,0 +1,66 @@
+"""Tiny texts and tiny runs that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Two pytest workers on two cores: more threads only fight. Set before torch is imported anywhere.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["WANDB_MODE"] = "disabled"
+os.environ.pop("WANDB_API_KEY", None)
+
+from normlab.config import RunConfig, config_from_dict
+
+WORDS = ("the a norm layer of batch mean and variance over time step is was not very good bad state cell gate").split()
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 20,000 characters of sentences from a small grammar of 21 words."""
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(WORDS, k=draw.randint(3, 12))) + "." for _ in range(500)]
+    path = tmp_path_factory.mktemp("text") / "tiny.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 labelled texts of 1 to 12 words; the label says which of two words is in the text."""
+    draw = random.Random(1)
+    rows = ["text,label"]
+    for number in range(300):
+        words = draw.choices(WORDS[:10], k=draw.randint(0, 11))
+        words.insert(draw.randint(0, len(words)), ("good", "bad")[number % 2])
+        rows.append(f"{' '.join(words)},{('yes', 'no')[number % 2]}")
+    path = tmp_path_factory.mktemp("labels") / "tiny.csv"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture()
+def tiny_run(tiny_text: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Builds the config of a run of a second; keyword arguments are dotted fields with `__` for the dot."""
+
+    def build(**changes: Any) -> RunConfig:
+        values: dict[str, Any] = {
+            "model": {"name": changes.pop("model", "lstm"), "width": 16},
+            "data": {"corpus": str(tiny_text), "batch_size": 8, "length": 12},
+            "training": {"steps": 10, "valid_every": 5, "checkpoint_every": 5, "activations_every": 5, "threads": 1},
+            "output": {"runs_dir": str(tmp_path / "runs"), "wandb": "off", "progress": False},
+        }
+        for name, value in changes.items():
+            *groups, field = name.split("__")
+            place = values
+            for group in groups:
+                place = place.setdefault(group, {})
+            place[field] = value
+        return config_from_dict(values)
+
+    return build

@@ -1,0 +1,180 @@
+"""`LSTMModel`: every field of its config counts, language models are causal, classifiers ignore padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from normlab.config import InputError, LSTMConfig, LSTMSites, NormOptions, SiteConfig, available_norms
+from normlab.models.lstm_model import LSTMModel
+
+VOCABULARY, LENGTH = 11, 7
+SMALL = LSTMConfig(width=16)
+
+
+def build(config: LSTMConfig, classes: int | None = None) -> LSTMModel:
+    torch.manual_seed(0)
+    return LSTMModel(config, VOCABULARY, classes=classes, length=LENGTH)
+
+
+def tokens(rows: int = 4, length: int = LENGTH) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def fingerprint(config: LSTMConfig, classes: int | None) -> list[Any]:
+    """Shapes, initial values and one training step's numbers."""
+    model = build(config, classes)
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(1)
+    loss = model(tokens()).logits.square().sum()
+    loss.backward()
+    grads = [round(float(p.grad.norm()), 5) for p in model.parameters() if p.grad is not None]
+    shapes = {key: (tuple(value.shape), round(value.float().sum().item(), 5)) for key, value in initial.items()}
+    return [shapes, round(loss.item(), 5), grads, [round(buffer.float().sum().item(), 5) for buffer in model.buffers()]]
+
+
+CHANGES: dict[str, Any] = {
+    "norm": "bn_step",
+    "sites": LSTMSites(cell=SiteConfig(norm="none")),
+    "norm_options": NormOptions(eps=0.1),
+    "width": 32,
+    "embedding_width": 3,
+    "layers": 2,
+    "bidirectional": True,
+    "dropout": 0.5,
+    "tie_embeddings": True,
+    "learned_state": False,
+    "state_noise": 0.3,
+    "recurrent_init": "uniform",
+    "forget_bias": 0.0,
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LSTMConfig) if field.name != "name"])
+def test_no_dead_knobs(field: str) -> None:
+    classes = 2 if field == "bidirectional" else None
+    changed = dataclasses.replace(SMALL, **{field: CHANGES[field]})
+    assert fingerprint(SMALL, classes) == fingerprint(SMALL, classes)
+    assert fingerprint(changed, classes) != fingerprint(SMALL, classes)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "norm"),
+    [
+        ("affine", False, "ln"),
+        ("eps", 0.1, "rms"),
+        ("momentum", 0.5, "bn"),
+        ("groups", 4, "gn"),
+        ("pool", "batch_time", "bn"),
+        ("max_steps", 2, "bn_step"),
+        ("unbiased", True, "bn_step"),
+    ],
+)
+def test_no_dead_norm_options(option: str, value: Any, norm: str) -> None:
+    assert {field.name for field in dataclasses.fields(NormOptions)} == {
+        "affine",
+        "eps",
+        "momentum",
+        "groups",
+        "pool",
+        "max_steps",
+        "unbiased",
+    }
+    plain = dataclasses.replace(SMALL, norm=norm)
+    changed = dataclasses.replace(plain, norm_options=NormOptions(**{option: value}))
+    assert fingerprint(changed, None) != fingerprint(plain, None)
+
+
+@pytest.mark.parametrize("norm", available_norms())
+@pytest.mark.parametrize("training", [True, False])
+def test_language_model_is_causal(norm: str, training: bool) -> None:
+    model = build(dataclasses.replace(SMALL, norm=norm, layers=2)).double()
+    model(tokens())
+    model.train(training)
+    leaves: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Tensor) -> Tensor:
+        leaves.append(output.detach().requires_grad_())
+        return leaves[0]
+
+    model.embedding.register_forward_hook(keep)
+    logits = model(tokens()).logits
+    (grad,) = torch.autograd.grad((logits * torch.randn_like(logits))[:, :3].sum(), leaves)
+    assert grad[:, :3].abs().max() > 0
+    assert grad[:, 3:].abs().max() == 0
+
+
+@pytest.mark.parametrize("norm", available_norms())
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_classifier_ignores_padding(norm: str, bidirectional: bool) -> None:
+    model = build(dataclasses.replace(SMALL, norm=norm, bidirectional=bidirectional), classes=3).double()
+    model(tokens())
+    model.eval()
+    lengths = [7, 4, 1, 2]
+    mask = torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)
+    out = model(tokens(), mask)
+    assert out.state is None
+    assert out.logits.shape == (4, 3)
+    for row, length in enumerate(lengths):
+        alone = model(tokens()[row : row + 1, :length]).logits[0]
+        torch.testing.assert_close(out.logits[row], alone)
+
+
+@pytest.mark.parametrize("norm", available_norms())
+def test_language_model_carries_its_state(norm: str) -> None:
+    model = build(dataclasses.replace(SMALL, norm=norm)).double()
+    torch.nn.init.normal_(model.initial_h)
+    model(tokens(4, 14))
+    model.eval()
+    whole = model(tokens(4, 14)).logits
+    first = model(tokens(4, 14)[:, :5])
+    second = model(tokens(4, 14)[:, 5:], None, first.state)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole)
+    fresh = torch.tensor([False, True, False, True])
+    restarted = model(tokens(4, 14)[:, 5:], None, model.restart(first.state, fresh)).logits
+    torch.testing.assert_close(restarted[~fresh], whole[~fresh, 5:])
+    torch.testing.assert_close(restarted[fresh], model(tokens(4, 14)[:, 5:]).logits[fresh])
+
+
+def test_initial_values() -> None:
+    model = build(SMALL)
+    eye = torch.eye(16)
+    for block in model.lstm.get_parameter("weight_hh_l0").chunk(4):
+        torch.testing.assert_close(block @ block.T, eye, atol=1e-5, rtol=0)
+    assert model.lstm.get_parameter("bias_ih_l0").tolist() == [0.0] * 16 + [1.0] * 16 + [0.0] * 32
+    assert not model.lstm.get_parameter("bias_hh_l0").any()
+    tied = build(dataclasses.replace(SMALL, tie_embeddings=True))
+    assert tied.head.weight is tied.embedding.weight
+
+
+def test_state_noise_is_for_training_only() -> None:
+    model = build(dataclasses.replace(SMALL, state_noise=0.5))
+    assert not model(tokens()).logits.equal(model(tokens()).logits)
+    model.eval()
+    assert model(tokens()).logits.equal(model(tokens()).logits)
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="bidirectional=false"):
+        build(dataclasses.replace(SMALL, bidirectional=True))
+    with pytest.raises(InputError, match="tie_embeddings=false"):
+        build(dataclasses.replace(SMALL, tie_embeddings=True), classes=2)
+
+
+@pytest.mark.parametrize("norm", available_norms())
+def test_learns_to_repeat(norm: str) -> None:
+    model = build(dataclasses.replace(SMALL, norm=norm))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-2)
+    losses = []
+    for _ in range(25):
+        logits = model(tokens(8)).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), tokens(8)[:, :-1].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]

@@ -1,0 +1,186 @@
+"""W&B mirrors a run without questions, output or waits, and never stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from normlab.config import config_from_dict, run_id
+from normlab.records.wandb_mirror import WandbMirror
+
+KEY = "0123456789abcdef0123456789abcdef01234567"
+
+# In processes of their own: wandb keeps its service and its settings for the life of a process.
+MIRROR = """
+import json, sys, time
+from normlab.config import config_from_dict
+from normlab.records.record import RunRecord
+from normlab.records import wandb_mirror
+wandb_mirror.INIT_SECONDS = 3.0
+config = config_from_dict(json.loads(sys.argv[1]))
+record = RunRecord.create(config)
+begin = time.perf_counter()
+said = []
+mirror = wandb_mirror.WandbMirror.start(config, record.folder, said.append)
+for step in range(3):
+    mirror.log({"train_loss_nats": 3.0 - step, "grad_norm": float("nan")}, step, step * 0.5)
+mirror.summary({"valid_loss_nats": 1.25})
+mirror.finish()
+mirror.log({"train_loss_nats": 0.0}, 9, 9.0)
+imported = "wandb" in sys.modules
+seconds, ended = time.perf_counter() - begin, time.time()
+print(json.dumps(dict(said=said, where=mirror.where(), imported=imported, seconds=seconds, ended=ended)))
+"""
+
+
+def config_of(tmp_path: Path, wandb: str) -> dict[str, object]:
+    return {
+        "model": {"name": "lstm", "norm": "ln"},
+        "output": {"runs_dir": str(tmp_path / "runs"), "wandb": wandb, "claim": "d1_steps_differ"},
+    }
+
+
+def mirror(tmp_path: Path, wandb: str, code: str = MIRROR, **environment: str) -> dict:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    clean |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", code, json.dumps(config_of(tmp_path, wandb))]
+    done = subprocess.run(command, env=clean | environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    # wandb prints nothing of its own.
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    values = json.loads(done.stdout)
+    return values | {"exit_seconds": time.time() - values["ended"]}
+
+
+def leet(tmp_path: Path, *options: str) -> bytes:
+    """The newest local run as the terminal viewer of `make watch` sees it."""
+    wandb = shutil.which("wandb", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert wandb is not None
+    command = [wandb, "leet", "inspect", *options, "--json", str(tmp_path / "runs" / "wandb")]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def inspect(tmp_path: Path) -> dict:
+    return json.loads(leet(tmp_path, "--summary"))
+
+
+def local_files(tmp_path: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file())
+
+
+def test_without_a_key_it_records_offline_and_a_resumed_run_goes_on(tmp_path: Path) -> None:
+    first = mirror(tmp_path, "auto")
+    assert first["said"] == []
+    assert first["where"].startswith("W&B recorded on disk; upload with: wandb sync runs/wandb/offline-run-")
+    seen = inspect(tmp_path)
+    assert seen["state"] == "finished"
+    assert seen["project"] == "normlab"
+    assert seen["name"] == run_id(config_from_dict(config_of(tmp_path, "auto")))
+    assert set(seen["tags"]) == {"ln", "lstm", "pydocs", "d1_steps_differ"}
+    assert seen["config"]["model"]["norm"] == "ln"
+    summary = seen["summary"]
+    assert (summary["step"], summary["seconds"], summary["train_loss_nats"]) == (2, 1.0, 1.0)
+    assert summary["valid_loss_nats"] == 1.25
+    assert b'"type":"environment"' not in leet(tmp_path), "host, user or program are on record"
+    time.sleep(1.1)  # W&B names its folders by the second
+    assert mirror(tmp_path, "auto")["where"] != first["where"]
+    assert inspect(tmp_path)["run_id"] == seen["run_id"]
+
+
+@pytest.mark.parametrize(("wandb", "environment"), [("off", {}), ("auto", {"WANDB_MODE": "disabled"})])
+def test_off_does_not_import_wandb(tmp_path: Path, wandb: str, environment: dict[str, str]) -> None:
+    done = mirror(tmp_path, wandb, **environment)
+    assert done["said"] == []
+    assert done["where"] == ""
+    assert not done["imported"]
+    assert not (tmp_path / "runs" / "wandb").exists()
+
+
+def test_not_installed_is_said_once(tmp_path: Path) -> None:
+    done = mirror(tmp_path, "auto", "import sys; sys.modules['wandb'] = None\n" + MIRROR)
+    assert len(done["said"]) == 1
+    assert "not installed" in done["said"][0]
+    assert done["where"] == ""
+
+
+def test_wandb_mode_offline_asks_no_server(tmp_path: Path) -> None:
+    done = mirror(tmp_path, "auto", WANDB_MODE="offline", WANDB_API_KEY=KEY, WANDB_BASE_URL="http://127.0.0.1:9")
+    assert done["said"] == []
+    assert "offline-run" in done["where"]
+
+
+def test_refused_connections_cost_nothing(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    done = mirror(tmp_path, "online", WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
+    assert done["said"] == [f"W&B records offline: {url} does not answer"]
+    assert "offline-run" in done["where"]
+    assert KEY.encode() not in local_files(tmp_path)
+
+
+@pytest.mark.parametrize("probe_fooled", [False, True])
+def test_a_server_that_accepts_and_never_answers_costs_seconds(tmp_path: Path, probe_fooled: bool) -> None:
+    # Fooled: the server answered when asked whether it is there, and hangs when the run begins.
+    code = (
+        MIRROR.replace("said = []", "said = []; wandb_mirror._answers = lambda url: True") if probe_fooled else MIRROR
+    )
+    (tmp_path / "netrc").write_text(f"machine 127.0.0.1\n  login user\n  password {KEY}\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        done = mirror(tmp_path, "auto", code, WANDB_BASE_URL=url)
+    assert len(done["said"]) == 1
+    assert done["said"][0].startswith("W&B records offline: ")
+    # Start, log and finish, then the end of the process, where wandb waits for its service.
+    assert done["seconds"] + done["exit_seconds"] < 10
+    assert "offline-run" in done["where"]
+    assert KEY.encode() not in local_files(tmp_path)
+    assert inspect(tmp_path)["summary"]["step"] == 2
+
+
+def test_online_without_a_key_says_so_and_does_not_ask(tmp_path: Path) -> None:
+    done = mirror(tmp_path, "online")
+    assert done["said"] == ["W&B records offline: there is no API key; log in with `wandb login`"]
+
+
+def test_a_disk_without_room_for_wandb_does_not_stop_the_run(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "wandb").write_text("in the way")
+    done = mirror(tmp_path, "offline")
+    assert len(done["said"]) == 1
+    assert done["said"][0].startswith("W&B is left out of this run: ")
+
+
+class BrokenRun:
+    """A W&B run whose service process has died."""
+
+    offline = True
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = type("Settings", (), {"sync_dir": str(folder)})
+        self.calls = 0
+
+    def log(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        raise ConnectionResetError("Connection lost\nand more")
+
+
+def test_an_error_is_said_once_and_then_nothing_is_sent(tmp_path: Path) -> None:
+    said: list[str] = []
+    run = BrokenRun(tmp_path)
+    broken = WandbMirror(run, (OSError,), said.append)
+    for step in range(3):
+        broken.log({"loss_nats": 1.0}, step, 0.0)
+    broken.summary({})
+    broken.finish()
+    assert said == ["W&B stopped recording, the run goes on: Connection lost"]
+    assert run.calls == 1
+    assert "wandb sync" in broken.where()

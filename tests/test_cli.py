@@ -1,0 +1,110 @@
+"""The command line as a user meets it: what it accepts, what it says to mistakes, and how fast."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from normlab.__main__ import main, parse_run
+from normlab.config import TransformerConfig, available_norms
+
+
+def test_short_flags_are_fields():
+    config = parse_run("--norm rms --model transformer --data ptb_char --seed 3 --optim.lr 1e-3".split())
+    assert isinstance(config.model, TransformerConfig)
+    assert (config.model.norm, config.data.corpus, config.seed, config.optim.lr) == ("rms", "ptb_char", 3, 1e-3)
+
+
+def test_flags_change_the_config_file(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": {"name": "transformer", "width": 64}, "seed": 5}))
+    config = parse_run(["--config", str(path), "--model.layers", "3", "--seed=7"])
+    assert isinstance(config.model, TransformerConfig)
+    assert (config.model.width, config.model.layers, config.seed) == (64, 3, 7)
+
+
+MISTAKES = [
+    ("--norm lnn", "unknown norm 'lnn' (did you mean 'ln'?); choose from: bn"),
+    ("--model gru", "unknown model 'gru'; choose from: lstm, transformer"),
+    ("--data ptb_chat", "did you mean 'ptb_char'?"),
+    ("--data missing/file.txt", "missing/file.txt"),
+    ("--model.widht 3", "unknown flag '--model.widht' (did you mean '--model.width'?)"),
+    ("--sed 3", "did you mean '--seed'?"),
+    ("--seed three", "seed must be int, not 'three'"),
+    ("--model.width 2.5", "model.width must be int, not '2.5'"),
+    ("--data.tokens chars", "data.tokens must be one of auto, char, word, bpe, not 'chars'"),
+    ("--model.norm_options.pool bath", "model.norm_options.pool must be one of batch"),
+    ("--model transformer --model.heads 3", "it must divide model.width (128)"),
+    ("--model transformer --data.stream stateful", "use data.stream=windows"),
+    ("--model.sites.cell.norm bm", "unknown norm 'bm'"),
+    ("--optim.lr 0", "optim.lr is 0.0; it must be a finite number > 0"),
+    ("--training.steps 0", "training.steps is 0; it must be at least 1"),
+    ("--config missing.yaml", "cannot read the config 'missing.yaml'"),
+    ("--resume nothing", "no run 'nothing'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES)
+def test_a_mistake_gets_one_line(
+    arguments: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"a: [", "is not YAML"),
+        (b"just words", "holds no fields"),
+        (b"modle: {}", "modle"),
+        (b"model: {widht: 3}", "widht"),
+        (b"model: {name: gru}", "unknown model 'gru'"),
+    ],
+)
+def test_a_broken_config_file_gets_one_line(
+    text: bytes, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text)
+    assert main(["train", "--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_mistakes_are_found_before_torch_is_imported():
+    code = (
+        "import sys; from normlab.__main__ import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'pytorch_lightning', 'wandb', 'datasets', 'tokenizers'} & set(sys.modules); print(sorted(heavy)); sys.exit(code)"
+    )
+    for arguments in (["--norm", "x"], ["--model", "x"], ["--data", "x"], ["--optim.x", "1"], ["--seed", "x"]):
+        done = subprocess.run([sys.executable, "-c", code, "train", *arguments], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert done.stdout.strip() == "[]"
+        assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_norm_option_and_both_models(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--model transformer --help" in text
+    for flag in ("--model.norm_options.eps", "--model.sites.hidden_to_hidden.gain", "--data.stream", "--resume"):
+        assert flag in text
+
+
+def test_help_of_make_lists_all_norms_that_exist():
+    text = Path("Makefile").read_text()
+    listed = text.split("NORM    ")[1].split(" (")[0].split()
+    assert set(listed) - {"..."} <= set(available_norms())
