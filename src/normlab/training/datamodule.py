@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytorch_lightning as pl
 
 from normlab.config import DataConfig
-from normlab.data.batches import Loader, make_loader
+from normlab.data.batches import Batch, Loader, make_loader
 from normlab.data.prepared import EncodedSplit, PreparedText, prepare
 
-__all__ = ["TextDataModule"]
+__all__ = ["TextDataModule", "WholeRun"]
 
 LARGEST_LOGITS = 2**24
 """Scores held at once in evaluation: 64 MiB in fp32."""
@@ -61,6 +62,32 @@ class TextDataModule(pl.LightningDataModule):
             data = dataclasses.replace(data, batch_size=max(data.batch_size, min(4 * data.batch_size, rows)))
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         return make_loader(text, data, split, train=train, seed=self.seed, rank=rank, world=world)
+
+
+class WholeRun:
+    """All epochs of a run as one, so that an optimizer step never falls short of micro-batches at an epoch's end.
+
+    Args:
+        loader: one epoch after the other.
+        batches: of the whole run.
+    """
+
+    def __init__(self, loader: Loader, batches: int) -> None:
+        self.loader = loader
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield from self.loader
+
+    def state_dict(self) -> dict[str, int]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.loader.load_state_dict(state)
 
 
 def _first_part(whole: EncodedSplit, like: EncodedSplit) -> EncodedSplit:

@@ -28,7 +28,7 @@ from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.tasks.metrics import baseline, evaluation_note
-from normlab.training.datamodule import TextDataModule
+from normlab.training.datamodule import TextDataModule, WholeRun
 from normlab.training.module import TextModule
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
 from normlab.training.stopwatch import Stopwatch
@@ -103,7 +103,7 @@ class _Run:
         training = self.config.training
         self.stopwatch = Stopwatch()
         self.datamodule = TextDataModule(self.config.data, self.config.seed, self.text)
-        self.signals = StopSignals()
+        self.signals = StopSignals(training.valid_every)
         self.guard = DivergenceGuard(training.divergence_nats)
         self.checkpoints = Checkpoints(
             self.record.checkpoints, training.checkpoint_every, training.valid_every, self.stopwatch
@@ -130,6 +130,7 @@ class _Run:
                 use_distributed_sampler=False,
                 default_root_dir=self.record.folder,
             )
+        self.datamodule.trainer = self.trainer
         self.mirror = WandbMirror.start(self.config, self.record.folder, self._say)
         self.recorder = Recorder(self.record, self.mirror, self.stopwatch)
 
@@ -148,7 +149,9 @@ class _Run:
         resume = self._resume_path()
         with _quiet_lightning(), self.signals:
             try:
-                self.trainer.fit(self.module, datamodule=self.datamodule, ckpt_path=resume, weights_only=True)
+                self.trainer.fit(
+                    self.module, self._whole_run(), self.datamodule.val_dataloader(), ckpt_path=resume, weights_only=True
+                )
             except SIGTERMException:
                 self.signals.received = signal.SIGTERM
             if self.guard.diverged:
@@ -157,6 +160,10 @@ class _Run:
                 self.signals.at_once = True
                 return self._outcome("finished", self._why_finished(), self._results(self._evaluate()))
         return self._outcome("interrupted", signal.Signals(self.signals.received).name, {})
+
+    def _whole_run(self) -> WholeRun:
+        training = self.config.training
+        return WholeRun(self.datamodule.train_dataloader(), training.steps * training.accumulate)
 
     def _add_callbacks(self) -> None:
         training = self.config.training
@@ -193,7 +200,7 @@ class _Run:
         """Losses of the best weights on a part of train, on valid and on test, all in evaluation mode."""
         if self.step % self.config.training.valid_every:
             # The last step is no validation step: it competes for the best weights all the same.
-            self.trainer.validate(self.module, datamodule=self.datamodule, verbose=False)
+            self.trainer.validate(self.module, self.datamodule.val_dataloader(), verbose=False)
             metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
             self.recorder.write(self.step, {name: metrics[name] for name in metrics if name.startswith("valid_")})
             if metrics["valid_loss_nats"] < self.checkpoints.best_loss_nats:
@@ -207,7 +214,7 @@ class _Run:
         self.module.evaluated_split = "valid"
         best_row = [r for r in self.record.metrics() if r["step"] == self.checkpoints.best_step and "valid_loss_nats" in r]
         results |= {name: value for name, value in best_row[-1].items() if name.startswith("valid_")}
-        results |= dict(self.trainer.test(self.module, datamodule=self.datamodule, verbose=False)[0])
+        results |= dict(self.trainer.test(self.module, self.datamodule.test_dataloader(), verbose=False)[0])
         results["best_step"] = self.checkpoints.best_step
         return results
 

@@ -20,23 +20,22 @@ CHECK_EVERY = 10
 """Optimizer steps between looks at the loss: each look waits for the device."""
 
 
-def stop(trainer: pl.Trainer) -> None:
-    """End the training after this step, without the validation that Lightning adds to an early end."""
-    trainer.should_stop = True
-    trainer.limit_val_batches = 0
-
-
 class StopSignals(pl.Callback):
     """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
+
+    Args:
+        valid_every: optimizer steps between validations; one that is due is still done, as a resumed run would not.
 
     Attributes:
         received: the signal's number, or None.
         at_once: the training is over, so that there is no step to wait for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, valid_every: int) -> None:
+        self.valid_every = valid_every
         self.received: int | None = None
         self.at_once = False
+        self._step = -1
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -55,8 +54,13 @@ class StopSignals(pl.Callback):
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self.received is not None:
-            stop(trainer)
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if self.received is None or step == before:  # a half accumulated gradient is in no checkpoint
+            return
+        trainer.should_stop = True
+        if step % self.valid_every:
+            trainer.limit_val_batches = 0  # else Lightning validates at any early end
 
 
 class DivergenceGuard(pl.Callback):
@@ -96,7 +100,8 @@ class DivergenceGuard(pl.Callback):
                 f"{kind} loss {loss_nats:g} nats at or before step {trainer.global_step} "
                 f"is not below the bound of {self.bound_nats:g}"
             )
-            stop(trainer)
+            trainer.should_stop = True
+            trainer.limit_val_batches = 0
 
 
 class Checkpoints(pl.callbacks.Checkpoint):
@@ -140,7 +145,7 @@ class Checkpoints(pl.callbacks.Checkpoint):
         step = trainer.global_step
         if step == self.saved_step:  # a micro-batch that did not complete a step
             return
-        if trainer.should_stop or (step % self.every == 0 and step % self.valid_every != 0):
+        if step % self.valid_every and (trainer.should_stop or step % self.every == 0):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
