@@ -55,7 +55,8 @@ format: $(READY) ## format and fix what can be fixed
 	@$(VENV)/bin/ruff format .
 
 watch: $(READY) ## open the terminal viewer on local runs
-	@$(VENV)/bin/wandb leet run runs/wandb
+	@test -d runs/wandb || { echo "there is no run in runs/wandb to watch yet: make train"; exit 2; }
+	@$(VENV)/bin/wandb leet runs/wandb
 
 lock: $(READY) ## write constraints.txt anew from what .venv holds
 	@$(PY) -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > constraints.txt

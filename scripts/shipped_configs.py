@@ -1,6 +1,6 @@
 """Train the shipped configs, one run after the other, and put what they reach into results/ and the README.
 
-    python scripts/shipped_configs.py            train what is missing, then write results/configs.csv and the README's table
+    python scripts/shipped_configs.py            train what is missing, write results/configs.csv and the README's table
     python scripts/shipped_configs.py --dry-run  print the commands
 
 A run that is finished is not trained again, one that was interrupted goes on: the script can be stopped and started at
@@ -44,10 +44,11 @@ COMMANDS = [
     "--config configs/word_lstm.yaml",
     "--config configs/bpe_transformer.yaml",
 ]
-COLUMNS = (
-    "command", "norm", "model", "corpus", "seed", "outcome", "steps", "valid_loss_nats", "test_loss_nats",
-    "test_bits_per_char", "test_word_perplexity", "test_accuracy", "baseline", "tokens_per_second", "seconds", "machine",
-    "threads", "run", "commit",
+COLUMNS: tuple[str, ...] = (
+    "command",
+    "norm", "model", "corpus", "seed", "outcome", "steps", "valid_loss_nats", "test_loss_nats",
+    "test_bits_per_char", "test_word_perplexity", "test_accuracy", "baseline", "tokens_per_second", "seconds",
+    "machine", "threads", "run", "commit",
 )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def write_table() -> None:
     rows = [found for command in COMMANDS if (found := row(command)) is not None]
     TABLE.parent.mkdir(exist_ok=True)
     with TABLE.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     text = README.read_text(encoding="utf-8")

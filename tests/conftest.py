@@ -17,7 +17,29 @@ os.environ.pop("WANDB_API_KEY", None)
 
 from normlab.config import RunConfig, config_from_dict
 
-WORDS = ("the a norm layer of batch mean and variance over time step is was not very good bad state cell gate").split()
+WORDS = [
+    "the",
+    "a",
+    "norm",
+    "layer",
+    "of",
+    "batch",
+    "mean",
+    "and",
+    "variance",
+    "over",
+    "time",
+    "step",
+    "is",
+    "was",
+    "not",
+    "very",
+    "good",
+    "bad",
+    "state",
+    "cell",
+    "gate",
+]
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +66,7 @@ def tiny_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny_run(tiny_text: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Builds the config of a run of a second; keyword arguments are dotted fields with `__` for the dot."""
 

@@ -14,7 +14,9 @@ from normlab.config import TransformerConfig, available_norms
 
 
 def test_short_flags_are_fields():
-    config = parse_run("--norm rms --model transformer --data ptb_char --seed 3 --optim.lr 1e-3".split())
+    config = parse_run(
+        ["--norm", "rms", "--model", "transformer", "--data", "ptb_char", "--seed", "3", "--optim.lr", "1e-3"]
+    )
     assert isinstance(config.model, TransformerConfig)
     assert (config.model.norm, config.data.corpus, config.seed, config.optim.lr) == ("rms", "ptb_char", 3, 1e-3)
 
@@ -71,9 +73,7 @@ def test_a_mistake_gets_one_line(
         (b"model: {name: gru}", "unknown model 'gru'"),
     ],
 )
-def test_a_broken_config_file_gets_one_line(
-    text: bytes, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-):
+def test_a_broken_config_file_gets_one_line(text: bytes, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     path = tmp_path / "run.yaml"
     path.write_bytes(text)
     assert main(["train", "--config", str(path)]) == 2
@@ -85,7 +85,8 @@ def test_a_broken_config_file_gets_one_line(
 def test_mistakes_are_found_before_torch_is_imported():
     code = (
         "import sys; from normlab.__main__ import main; code = main(sys.argv[1:]); "
-        "heavy = {'torch', 'pytorch_lightning', 'wandb', 'datasets', 'tokenizers'} & set(sys.modules); print(sorted(heavy)); sys.exit(code)"
+        "heavy = {'torch', 'pytorch_lightning', 'wandb', 'datasets', 'tokenizers'} & set(sys.modules); "
+        "print(sorted(heavy)); sys.exit(code)"
     )
     for arguments in (["--norm", "x"], ["--model", "x"], ["--data", "x"], ["--optim.x", "1"], ["--seed", "x"]):
         done = subprocess.run([sys.executable, "-c", code, "train", *arguments], capture_output=True, text=True)

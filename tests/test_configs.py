@@ -20,7 +20,10 @@ def test_config_trains(
 ):
     own = yaml.safe_load(path.read_text())["data"]["corpus"]
     text = tiny_labels if own == "sst2" else tiny_text
-    shorter = "--training.steps 2 --training.valid_every 2 --data.batch_size 4 --model.width 16 --training.activations_every 1"
+    shorter = (
+        "--training.steps 2 --training.valid_every 2 --training.activations_every 1 "
+        "--data.batch_size 4 --model.width 16"
+    )
     code = main(
         f"train --config {path} --data {text} {shorter} --output.runs_dir {tmp_path} --output.wandb off".split()
     )

@@ -118,7 +118,12 @@ def run_parser(model: str) -> ArgumentParser:
     parser.add_argument("--resume", type=str, metavar="RUN", help="go on with this run: its id or folder")
     parser.add_argument("--seed", type=int, default=RunConfig.seed, help="of initial weights, batch order and dropout")
     parser.add_class_arguments(MODELS[model], "model")
-    for name, cls in (("data", DataConfig), ("optim", OptimConfig), ("training", TrainingConfig), ("output", OutputConfig)):
+    for name, cls in (
+        ("data", DataConfig),
+        ("optim", OptimConfig),
+        ("training", TrainingConfig),
+        ("output", OutputConfig),
+    ):
         parser.add_class_arguments(cls, name)
     return parser
 
@@ -191,7 +196,9 @@ def _one_line(parser: ArgumentParser, message: str) -> str:
         group = [name for name in flags if name.rpartition(".")[0] == flag.rpartition(".")[0]]
         short = [*SHORT, *(name for name in flags if "." not in name and not name.startswith("--print"))]
         try:
-            require_choice("flag" if flag.startswith("-") else "argument", flag, (group if "." in flag else []) or short)
+            require_choice(
+                "flag" if flag.startswith("-") else "argument", flag, (group if "." in flag else []) or short
+            )
         except InputError as error:
             return str(error)
     choice = re.search(r'key "([^"]+)":.*?Literal\[([^]]*)\].*value: (\S+)', message, re.DOTALL)

@@ -225,7 +225,8 @@ class TransformerConfig:
         width: features of the residual stream.
         layers: number of blocks.
         heads: attention heads; divides `width`.
-        ffn_width: hidden units of the feed-forward sublayer; 0 takes 4 * width.
+        ffn_width: hidden units of the feed-forward sublayer; 0 takes 4 * width, and 8/3 * width
+            for swiglu, which has a third matrix.
         placement: pre = x + f(norm(x)) (GPT-2); post = norm(x + f(x)) (Vaswani et al. 2017);
             peri = x + norm(f(norm(x))) (Kim et al. 2025, arXiv 2502.02732).
         positions: rotary (Su et al. 2021) or learned.
@@ -260,7 +261,7 @@ class TransformerConfig:
             f"rotary positions need an even model.width / model.heads, not {self.width // self.heads}; "
             "use model.positions=learned",
         )
-        _require(self.ffn_width >= 0, "model.ffn_width must be >= 0 (0 takes 4 * model.width)")
+        _require(self.ffn_width >= 0, "model.ffn_width must be >= 0 (0 takes the default)")
         _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
 
 
@@ -343,7 +344,7 @@ class TrainingConfig:
         devices: number of processes / GPUs.
         threads: CPU threads; 0 leaves torch's choice.
         early_stop: validations without improvement before stopping; 0 never stops early.
-        divergence_nats: a training loss above this (nats per token or per text), or not finite, ends the run as diverged.
+        divergence_nats: a training loss above this (nats per token or text), or not finite, ends the run as diverged.
         activations_every: optimizer steps between records of per-site activation statistics; 0 records none.
     """
 

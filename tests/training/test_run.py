@@ -64,7 +64,12 @@ RESUMED = {
     "lstm, stateful, inorm": {"model__norm": "inorm", "data__stream": "stateful", "data__batch_size": 4},
     "lstm, dropout": {"model__dropout": 0.2, "model__layers": 2},
     "lstm, accumulation": {"training__accumulate": 2},
-    "transformer, bn, warm-up": {"model": "transformer", "model__norm": "bn", "optim__warmup_steps": 4, "optim__schedule": "cosine"},
+    "transformer, bn, warm-up": {
+        "model": "transformer",
+        "model__norm": "bn",
+        "optim__warmup_steps": 4,
+        "optim__schedule": "cosine",
+    },
 }
 
 
@@ -210,7 +215,7 @@ def test_an_unreadable_checkpoint_is_named(tiny_run: Build):
     (record.folder / "outcome.json").unlink()
     checkpoint = record.checkpoints / "last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(InputError, match="cannot read the checkpoint .*last.ckpt"):
+    with pytest.raises(InputError, match=r"cannot read the checkpoint .*last\.ckpt"):
         train(config)
     assert len(checkpoint.read_bytes()) == 1000
 
@@ -278,12 +283,12 @@ def test_every_field_changes_a_run(tiny_run: Build, tmp_path: Path, cls: type, n
     part = {OptimConfig: "optim", TrainingConfig: "training", DataConfig: "data"}[cls]
     short = {"training__steps": 8, "training__valid_every": 4, "model__width": 8}
     base = train(tiny_run(**short, output__runs_dir=str(tmp_path / "base")))
-    try:
-        other = train(tiny_run(**{**short, f"{part}__{name}": OTHER[cls][name]}))
-    except InputError as error:
-        assert name == "accelerator"
-        assert "torch sees none" in str(error)
+    config = tiny_run(**{**short, f"{part}__{name}": OTHER[cls][name]})
+    if name == "accelerator" and not torch.cuda.is_available():
+        with pytest.raises(InputError, match="torch sees none"):
+            train(config)
         return
+    other = train(config)
     changed = (numbers(base), base.outcome().state, base.environment()["threads"])
     assert changed != (numbers(other), other.outcome().state, other.environment()["threads"])
 

@@ -7,7 +7,6 @@ With `world` processes each sees disjoint rows and the same number of batches.
 Shapes: B batch, T time.
 """
 
-# ruff: noqa: N815 -- shape suffixes
 from __future__ import annotations
 
 import math

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normlab.models.lstm import LSTM
 from normlab.norms.base import Norm
 
 __all__ = ["SiteActivations"]
@@ -25,20 +26,24 @@ SATURATED_BEYOND = 2.0
 
 
 class SiteActivations:
-    """Watches the outputs of all norms in `model` while the context is open.
+    """Watches the outputs of all norms in `model` while the context is open, bare sites included.
 
     All calls within the context are pooled: a norm in a recurrence is called once per time step. Padding is left
-    out. Nothing the model computes is touched, nor any global random state.
+    out. Recurrences run on the reference backend meanwhile, because a fused kernel has no sites to watch. Nothing the
+    model computes is changed, nor any global random state.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._norms = {name: module for name, module in model.named_modules() if isinstance(module, Norm)}
         self._sites = {name: _Distribution() for name in self._norms}
+        self._backends = [(module, module.backend) for module in model.modules() if isinstance(module, LSTM)]
 
     def __enter__(self) -> SiteActivations:
         # `normalize` and not a forward hook: recurrences call it directly.
         for name, norm in self._norms.items():
             object.__setattr__(norm, "normalize", _watched(norm.normalize, self._sites[name]))
+        for lstm, _ in self._backends:
+            lstm.backend = "reference"
         return self
 
     def __exit__(
@@ -46,6 +51,8 @@ class SiteActivations:
     ) -> None:
         for norm in self._norms.values():
             object.__delattr__(norm, "normalize")
+        for lstm, backend in self._backends:
+            lstm.backend = backend
 
     def summary(self) -> dict[str, float]:
         """Per site that was called, `activations/<path of the norm>/<statistic>`.
@@ -111,11 +118,8 @@ class _Distribution:
                 self._sample_size = self._sample[0].numel()
         if self._rate < 1:
             # At least one per call, so that short calls are not left out.
-            y = y[
-                torch.randint(y.numel(), (max(1, round(y.numel() * self._rate)),), generator=self._generator).to(
-                    y.device
-                )
-            ]
+            count = max(1, round(y.numel() * self._rate))
+            y = y[torch.randint(y.numel(), (count,), generator=self._generator).to(y.device)]
         self._sample.append(y.clone())
         self._sample_size += y.numel()
 

@@ -98,19 +98,15 @@ def lstm_layer(
     hidden_site = _Site(norms.hidden_to_hidden, step, carry.hidden_to_hidden)
     cell_site = _Site(norms.cell, step, carry.cell)
     hidden_PG = weights.hidden.t()
-    hidden_bare, cell_bare = norms.hidden_to_hidden.identity, norms.cell.identity
     steps = projected.unbind(1)
     masks = [None] * len(steps) if mask_BT is None else mask_BT.split(1, dim=1)
     h, c = h_BP, c_BH
     outputs: list[Tensor] = []
     for time, (input_BG, keep_B1) in enumerate(zip(steps, masks, strict=True)):
-        if hidden_bare:
-            gates_BG = torch.addmm(input_BG, h, hidden_PG)
-        else:
-            gates_BG = hidden_site(h @ hidden_PG, keep_B1, time) + input_BG
+        gates_BG = hidden_site(h @ hidden_PG, keep_B1, time) + input_BG
         i, f, g, o = gates_BG.chunk(4, 1)
         new_c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        new_h = torch.sigmoid(o) * torch.tanh(new_c if cell_bare else cell_site(new_c, keep_B1, time))
+        new_h = torch.sigmoid(o) * torch.tanh(cell_site(new_c, keep_B1, time))
         if weights.projection is not None:
             new_h = F.linear(new_h, weights.projection)
         if keep_B1 is None:

@@ -6,7 +6,7 @@ Shapes: B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -62,12 +62,13 @@ class TextModule(pl.LightningModule):
     def losses(self, batch: Batch) -> Losses:
         """Loss sums of one batch; in a stateful stream the recurrent state goes on from the batch before."""
         state = self.carried
-        if not self.carries_state or (batch.fresh_B is not None and bool(batch.fresh_B.any())):
-            state = None  # all rows of a stream restart together
+        if state is not None and batch.fresh_B is not None and bool(batch.fresh_B.any()):
+            state = cast(LSTMModel, self.model).restart(state, batch.fresh_B)
         output = self.model(batch.tokens_BT, batch.mask_BT, state)
         if self.carries_state:
             self.carried = output.state.detach()
         targets = batch.labels_B if self.text.task == "classification" else batch.targets_BT
+        assert targets is not None
         return self.loss(output.logits, targets, batch.mask_BT)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -150,7 +150,11 @@ class _Run:
         with _quiet_lightning(), self.signals:
             try:
                 self.trainer.fit(
-                    self.module, self._whole_run(), self.datamodule.val_dataloader(), ckpt_path=resume, weights_only=True
+                    self.module,
+                    self._whole_run(),
+                    self.datamodule.val_dataloader(),
+                    ckpt_path=resume,
+                    weights_only=True,
                 )
             except SIGTERMException:
                 self.signals.received = signal.SIGTERM
@@ -190,7 +194,8 @@ class _Run:
             step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
         except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
             raise InputError(
-                f"cannot read the checkpoint {path} ({_one_line(error)}); delete it, or train anew with --output.fresh true"
+                f"cannot read the checkpoint {path} ({_one_line(error)}); delete it, or train anew with "
+                "--output.fresh true"
             ) from None
         self.record.rewind(step)
         self._say(f"going on from step {step} of {self.record.folder}")
@@ -212,7 +217,9 @@ class _Run:
         train_part = self.datamodule.train_part_dataloader()
         results = dict(self.trainer.validate(self.module, dataloaders=train_part, verbose=False)[0])
         self.module.evaluated_split = "valid"
-        best_row = [r for r in self.record.metrics() if r["step"] == self.checkpoints.best_step and "valid_loss_nats" in r]
+        best_row = [
+            r for r in self.record.metrics() if r["step"] == self.checkpoints.best_step and "valid_loss_nats" in r
+        ]
         results |= {name: value for name, value in best_row[-1].items() if name.startswith("valid_")}
         results |= dict(self.trainer.test(self.module, self.datamodule.test_dataloader(), verbose=False)[0])
         results["best_step"] = self.checkpoints.best_step

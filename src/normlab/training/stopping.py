@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Checkpoint
 
 from normlab.training.module import TextModule
 from normlab.training.stopwatch import Stopwatch
@@ -104,7 +105,7 @@ class DivergenceGuard(pl.Callback):
             trainer.limit_val_batches = 0
 
 
-class Checkpoints(pl.callbacks.Checkpoint):
+class Checkpoints(Checkpoint):
     """`last.ckpt` to resume from, and `best.ckpt`: the weights with the best validation loss.
 
     A checkpoint that falls on a validation step is written after the validation, so that a resumed run never
