@@ -66,10 +66,11 @@ def _train(arguments: list[str]) -> int:
 
     require_corpus(config.data)
     from normlab.records.summary import show
-    from normlab.training.run import train
+    from normlab.training.run import is_first_process, train
 
     record = train(config)
-    show(record)
+    if is_first_process():
+        show(record)
     return _exit_code(record.outcome().state, record.outcome().reason)
 
 

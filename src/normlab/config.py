@@ -348,9 +348,9 @@ class TrainingConfig:
         activations_every: optimizer steps between records of per-site activation statistics; 0 records none.
     """
 
-    steps: int = 400
-    valid_every: int = 100
-    checkpoint_every: int = 100
+    steps: int = 250
+    valid_every: int = 125
+    checkpoint_every: int = 50
     accumulate: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -358,7 +358,7 @@ class TrainingConfig:
     threads: int = 0
     early_stop: int = 0
     divergence_nats: float = 20.0
-    activations_every: int = 100
+    activations_every: int = 125
 
     def __post_init__(self) -> None:
         for name in ("steps", "valid_every", "checkpoint_every", "accumulate", "devices"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +25,7 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     rows = [
         ("run", record.id),
         ("outcome", outcome.state + (f": {outcome.reason}" if outcome.reason else "")),
-        ("norm", config.model.norm),
+        ("norm", _norm(record)),
         ("model", _model(record)),
         ("corpus", f"{config.data.corpus}, {tokens} tokens"),
         ("steps", f"{outcome.step} of {config.training.steps} in {outcome.seconds:.0f} s of training"),
@@ -34,6 +35,9 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     for split in SPLITS:
         if f"{split}_loss_nats" in results:
             rows.append((split, _losses(results, split, tokens)))
+    unknown = {split: data.get("splits", {}).get(split, {}).get("unknown_tokens", 0) for split in ("valid", "test")}
+    if any(unknown.values()):
+        rows.append(("unknown", f"{unknown['valid']:,} tokens of valid and {unknown['test']:,} of test are <unk>"))
     if "evaluation" in data and "test_loss_nats" in results:
         rows.append(("evaluated", str(data["evaluation"])))
     if "unigram_test_loss_nats" in results:
@@ -65,6 +69,14 @@ def show(record: RunRecord, console: Console | None = None) -> None:
         table.add_row(name, value)
     console.print()
     console.print(table, highlight=False, markup=False)
+
+
+def _norm(record: RunRecord) -> str:
+    """The norm, with the entries that share a training statistic where that is a choice."""
+    sites = record.environment().get("sites", {})
+    pools = {pool for text in sites.values() for pool in re.findall(r"pool=(\w+)", text)}
+    name = record.config.model.norm
+    return f"{name}, training statistics over: {', '.join(sorted(pools))}" if pools else name
 
 
 def _model(record: RunRecord) -> str:

@@ -49,13 +49,14 @@ def train(config: RunConfig) -> RunRecord:
     """
     require_corpus(config.data)
     name = run_id(config)
-    if name in record_ids(config.output.runs_dir):
+    first = is_first_process()
+    if first and name in record_ids(config.output.runs_dir):
         existing = RunRecord.open(name, config.output.runs_dir)
         if config.output.fresh:
             existing.archive()
         elif existing.outcome().state in ("finished", "diverged"):
             return existing
-    console = Console(stderr=False, quiet=not config.output.progress)
+    console = Console(quiet=not (config.output.progress and first))
     text = prepare(config.data)
     pl.seed_everything(config.seed, verbose=False)
     if config.training.threads:
@@ -64,24 +65,33 @@ def train(config: RunConfig) -> RunRecord:
     _check_batch_size(config, module)
     record = RunRecord.create(config)
     _check_same_text(record, text)
-    record.start()
-    run = _Run(config, text, module, record, console)
+    if first:
+        record.start()
+    run = None
     try:
+        run = _Run(config, text, module, record, console, first)
         outcome = run.train()
+        if first:
+            record.finish(outcome)
     except BaseException as error:
-        outcome = _failed(error, run.step, run.stopwatch.seconds)
-        _finish_quietly(record, outcome)
-        run.mirror.finish(1)
+        if first:
+            _finish_quietly(record, _failed(error, run))
+        if run is not None:
+            run.mirror.finish(1)
         message = _explain(error, record, config)
         if message is None:
             raise
         raise InputError(message) from error
-    record.finish(outcome)
     run.mirror.summary({"outcome": outcome.state, **outcome.results})
     run.mirror.finish(0)
     if run.mirror.where():
         run._say(run.mirror.where())
     return record
+
+
+def is_first_process() -> bool:
+    """Whether this is the process that writes the record: Lightning and torchrun number theirs in the environment."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
 def statistics_rows(config: RunConfig) -> int:
@@ -98,6 +108,7 @@ class _Run:
     module: TextModule
     record: RunRecord
     console: Console
+    first: bool
 
     def __post_init__(self) -> None:
         training = self.config.training
@@ -131,8 +142,11 @@ class _Run:
                 default_root_dir=self.record.folder,
             )
         self.datamodule.trainer = self.trainer
-        self.mirror = WandbMirror.start(self.config, self.record.folder, self._say)
-        self.recorder = Recorder(self.record, self.mirror, self.stopwatch)
+        output = self.config.output if self.first else dataclasses.replace(self.config.output, wandb="off")
+        self.mirror = WandbMirror.start(
+            dataclasses.replace(self.config, output=output), self.record.folder, self._say
+        )
+        self.recorder = Recorder(self.record if self.first else None, self.mirror, self.stopwatch)
 
     @property
     def step(self) -> int:
@@ -143,8 +157,9 @@ class _Run:
 
     def train(self) -> Outcome:
         """Fit, then evaluate the weights with the best validation loss."""
-        self._write_environment()
-        self.text.tokenizer.save(self.record.tokenizer_path)
+        if self.first:
+            self._write_environment()
+            self.text.tokenizer.save(self.record.tokenizer_path)
         self._add_callbacks()
         resume = self._resume_path()
         with _quiet_lightning(), self.signals:
@@ -188,7 +203,8 @@ class _Run:
         """`last.ckpt` if there is one, with the record rewound to it."""
         path = self.checkpoints.last
         if not path.exists():
-            self.record.rewind(-1)
+            if self.first:
+                self.record.rewind(-1)
             return None
         try:
             step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
@@ -197,7 +213,8 @@ class _Run:
                 f"cannot read the checkpoint {path} ({_one_line(error)}); delete it, or train anew with "
                 "--output.fresh true"
             ) from None
-        self.record.rewind(step)
+        if self.first:
+            self.record.rewind(step)
         self._say(f"going on from step {step} of {self.record.folder}")
         return str(path)
 
@@ -245,6 +262,7 @@ class _Run:
     def _write_environment(self) -> None:
         environment = collect_environment(_devices(self.trainer))
         environment["data"] = _facts(self.text, self.config)
+        environment["sites"] = _sites(self.module)
         environment["threads"] = torch.get_num_threads()
         if _couples_rows(self.module):
             environment["statistics_batch_rows"] = statistics_rows(self.config)
@@ -273,6 +291,11 @@ def _facts(text: PreparedText, config: RunConfig) -> dict[str, Any]:
         "evaluation": evaluation_note(text, config.data.stream),
         "splits": {name: dataclasses.asdict(split.counts) for name, split in text.splits.items()},
     }
+
+
+def _sites(module: TextModule) -> dict[str, str]:
+    """What stands at each site, with every option as it was resolved."""
+    return {part.site: f"{part.name}({part.extra_repr()})" for part in module.modules() if isinstance(part, Norm)}
 
 
 def _couples_rows(module: TextModule) -> bool:
@@ -333,7 +356,8 @@ def _one_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _failed(error: BaseException, step: int, seconds: float) -> Outcome:
+def _failed(error: BaseException, run: _Run | None) -> Outcome:
+    step, seconds = (0, 0.0) if run is None else (run.step, run.stopwatch.seconds)
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return Outcome("interrupted", "stopped at once", step, seconds)
     return Outcome("failed", f"{type(error).__name__}: {_one_line(error)}", step, seconds)

@@ -35,12 +35,12 @@ class Recorder(pl.Callback):
     """Writes rows of metrics to the record and its mirror, by step and by seconds of training.
 
     Args:
-        record: where the rows go first.
+        record: where the rows go first; None in all processes but the first.
         mirror: where they go next.
         stopwatch: seconds of training; its total survives a resume in the checkpoint.
     """
 
-    def __init__(self, record: RunRecord, mirror: Mirror, stopwatch: Stopwatch) -> None:
+    def __init__(self, record: RunRecord | None, mirror: Mirror, stopwatch: Stopwatch) -> None:
         self.record = record
         self.mirror = mirror
         self.stopwatch = stopwatch
@@ -63,7 +63,8 @@ class Recorder(pl.Callback):
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row, to record and mirror."""
-        self.record.log(step, self.stopwatch.seconds, metrics)
+        if self.record is not None:
+            self.record.log(step, self.stopwatch.seconds, metrics)
         self.mirror.log(metrics, step, self.stopwatch.seconds)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
