@@ -173,6 +173,8 @@ class LSTMConfig:
         norm_options: options of the norm.
         width: hidden units per layer and direction.
         embedding_width: size of the token embedding; 0 takes `width`.
+        embedding_std: initial standard deviation of the embedding; null takes 1, or 1 / sqrt(its size) if tied to the
+            head. Texts with many rare words want it small (0.06 in Zaremba et al. 2014, arXiv 1409.2329).
         layers: number of layers.
         bidirectional: read both ways (classification only).
         dropout: on the embedding, between layers and before the head.
@@ -190,6 +192,7 @@ class LSTMConfig:
     norm_options: NormOptions = field(default_factory=NormOptions)
     width: int = 256
     embedding_width: int = 0
+    embedding_std: float | None = None
     layers: int = 1
     bidirectional: bool = False
     dropout: float = 0.0
@@ -204,6 +207,7 @@ class LSTMConfig:
         _require(self.width >= 1, f"model.width is {self.width}; it must be at least 1")
         _require(self.layers >= 1, f"model.layers is {self.layers}; it must be at least 1")
         _require(self.embedding_width >= 0, "model.embedding_width must be >= 0 (0 takes model.width)")
+        _require(self.embedding_std is None or self.embedding_std > 0, "model.embedding_std must be > 0")
         _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
         _require(self.state_noise >= 0, "model.state_noise must be >= 0")
         if self.tie_embeddings:

@@ -43,6 +43,7 @@ CHANGES: dict[str, Any] = {
     "norm_options": NormOptions(eps=0.1),
     "width": 32,
     "embedding_width": 3,
+    "embedding_std": 0.06,
     "layers": 2,
     "bidirectional": True,
     "dropout": 0.5,

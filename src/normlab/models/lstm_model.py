@@ -73,12 +73,10 @@ class LSTMModel(nn.Module):
                 if name.startswith("bias_ih"):
                     parameter[width : 2 * width] = self.config.forget_bias
         self.head.bias.zero_()
-        # As in Zaremba et al. 2014 (arXiv 1409.2329): with torch's unit variance a rare word's random vector outweighs
-        # what is learnt of it.
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        # As a head, a tied embedding must not start with large logits.
+        default = self.embedding.embedding_dim**-0.5 if self.config.tie_embeddings else 1.0
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_std or default)
         if self.config.tie_embeddings:
-            # One matrix for both: as an embedding it may be small, as a head it must not start with large logits.
-            nn.init.normal_(self.embedding.weight, std=self.embedding.embedding_dim**-0.5)
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor | None = None, state: LSTMState | None = None) -> ModelOutput:
