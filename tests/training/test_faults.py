@@ -114,7 +114,7 @@ def test_a_full_disk_is_said_in_one_line(tiny_run: Build, monkeypatch: pytest.Mo
     config = tiny_run()
     with monkeypatch.context() as patch:
         patch.setattr(pl.Trainer, "save_checkpoint", full_disk)
-        with pytest.raises(InputError, match=r"the disk of .* is full; free some space, then run the same command again"):
+        with pytest.raises(InputError, match=r"the disk of .* is full; free some space, then run the same command"):
             train(config)
     record = RunRecord.open(record_ids(config.output.runs_dir)[0], config.output.runs_dir)
     assert record.outcome().state == "failed"

@@ -143,9 +143,7 @@ class _Run:
             )
         self.datamodule.trainer = self.trainer
         output = self.config.output if self.first else dataclasses.replace(self.config.output, wandb="off")
-        self.mirror = WandbMirror.start(
-            dataclasses.replace(self.config, output=output), self.record.folder, self._say
-        )
+        self.mirror = WandbMirror.start(dataclasses.replace(self.config, output=output), self.record.folder, self._say)
         self.recorder = Recorder(self.record if self.first else None, self.mirror, self.stopwatch)
 
     @property
