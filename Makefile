@@ -33,7 +33,7 @@ setup: $(READY) ## make .venv with the versions of constraints.txt
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "normlab needs Python 3.11 or newer; this is $$($(PYTHON) --version 2>&1). Give another with make PYTHON=python3.12"; exit 2; }
-	@test -x $(PY) || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test -x $(VENV)/bin/pip || { echo "setup: making $(VENV)"; $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 2; }; }
 	@echo "setup: installing the versions of constraints.txt (once; a few minutes)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)

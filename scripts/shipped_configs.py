@@ -62,7 +62,10 @@ def row(command: str) -> dict[str, object] | None:
     if outcome.state not in ("finished", "diverged"):
         return None
     results = outcome.results
-    language = "majority_test_accuracy" not in results
+    baseline = "majority_test_accuracy"
+    if baseline not in results:
+        words = config.data.tokens == "word"
+        baseline = "unigram_test_word_perplexity" if words else "unigram_test_bits_per_char"
     values = {
         **results,
         "command": f"python -m normlab train {command}",
@@ -72,7 +75,7 @@ def row(command: str) -> dict[str, object] | None:
         "seed": config.seed,
         "outcome": outcome.state,
         "steps": outcome.step,
-        "baseline": results["unigram_test_bits_per_char" if language else "majority_test_accuracy"],
+        "baseline": results[baseline],
         "seconds": outcome.seconds,
         "machine": environment["machine"],
         "threads": environment["threads"],
@@ -103,7 +106,10 @@ def markdown(rows: list[dict[str, str]]) -> str:
         else:
             test = f"{float(r['test_bits_per_char']):.3f} bits per character"
         base = float(r["baseline"])
-        beside = f"{base:.1%} (majority)" if r["test_accuracy"] else f"{base:.3f} bits per character (unigram)"
+        if r["test_accuracy"]:
+            beside = f"{base:.1%} (majority)"
+        else:
+            beside = f"{base:.0f} (unigram)" if config.startswith("word") else f"{base:.3f} (unigram)"
         cells = (config, r["corpus"], r["norm"], r["seed"], r["steps"], test, beside, f"{float(r['seconds']):.0f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -36,6 +36,7 @@ MISTAKES = [
     ("--data missing/file.txt", "missing/file.txt"),
     ("--model.widht 3", "unknown flag '--model.widht' (did you mean '--model.width'?)"),
     ("--sed 3", "did you mean '--seed'?"),
+    ("--training.step 3", "did you mean '--training.steps'?"),
     ("--seed three", "seed must be int, not 'three'"),
     ("--model.width 2.5", "model.width must be int, not '2.5'"),
     ("--data.tokens chars", "data.tokens must be one of auto, char, word, bpe, not 'chars'"),

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"normlab: error: {error}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
-        print("normlab: stopped", file=sys.stderr)
+        print("normlab: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return EXIT_CODES["interrupted"]
 
 
@@ -75,7 +75,9 @@ def _train(arguments: list[str]) -> int:
 
 
 def _show(arguments: list[str]) -> int:
-    parser = ArgumentParser(prog="python -m normlab show", description="Show the record of a run.", exit_on_error=False)
+    parser = ArgumentParser(
+        prog="python -m normlab show", description="Show the record of a run.", exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("run", type=str, help="id in the runs folder, or the folder of the record")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     options = _parse(parser, arguments)
@@ -114,6 +116,7 @@ def run_parser(model: str) -> ArgumentParser:
         f"--model {' / --model '.join(name for name in MODELS if name != model)} --help shows the other model's. "
         "Short: --norm, --model and --data for --model.norm, --model.name and --data.corpus.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file with these fields; later flags change it")
     parser.add_argument("--resume", type=str, metavar="RUN", help="go on with this run: its id or folder")

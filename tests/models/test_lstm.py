@@ -258,3 +258,12 @@ def test_bf16_autocast_trains(norm: str) -> None:
     exact = copy.deepcopy(lstm).double()(x.double(), cast(Any, tuple(value.double() for value in state)))[0]
     assert out.shape == exact.shape
     assert all(p.grad is not None and p.grad.isfinite().all() for p in lstm.parameters())
+
+
+@pytest.mark.parametrize("norm", ["none", "ln"])
+def test_states_that_torch_refuses_are_refused(norm: str) -> None:
+    lstm = LSTM(3, 5, norm=norm)
+    x_TBF = torch.randn(4, 2, 3)
+    for shape in ((1, 1, 5), (2, 2, 5), (1, 2, 4)):
+        with pytest.raises(RuntimeError, match="Expected hidden"):
+            lstm(x_TBF, (torch.zeros(shape), torch.zeros(shape)))

@@ -17,6 +17,7 @@ import pytorch_lightning as pl
 from normlab.config import InputError, RunConfig
 from normlab.records.record import RunRecord, record_ids
 from normlab.training import watching
+from normlab.training.module import TextModule
 from normlab.training.run import train
 
 Build = Callable[..., RunConfig]
@@ -104,6 +105,25 @@ def test_two_processes_do_not_train_one_run(tiny_text: Path, tmp_path: Path):
     assert other.returncode == 2
     assert f"is being trained by process {process.pid}" in err
     assert err.count("\n") == 1
+
+
+def test_ctrl_c_in_the_final_evaluation_keeps_the_training(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    config = tiny_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(TextModule, "test_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    record = RunRecord.open(record_ids(config.output.runs_dir)[0], config.output.runs_dir)
+    assert record.outcome().state == "interrupted"
+    rows, seconds = record.metrics(), record.outcome().seconds
+    outcome = train(config).outcome()
+    assert outcome.state == "finished"
+    assert record.metrics() == rows
+    assert outcome.seconds == pytest.approx(seconds, rel=0.2)
+    assert 0 < float(outcome.results["tokens_per_second"]) < 1e7
 
 
 def full_disk(*_: object, **__: object) -> None:

@@ -24,6 +24,12 @@ def run(tiny_text: Path, runs: Path, *flags: str) -> RunRecord:
 
 
 @pytest.mark.slow
+def test_two_processes_carry_a_state(tiny_text: Path, tmp_path: Path):
+    record = run(tiny_text, tmp_path, "--data.batch_size", "4", "--training.devices", "2", "--data.stream", "stateful")
+    assert record.outcome().state == "finished"
+
+
+@pytest.mark.slow
 def test_two_processes(tiny_text: Path, tmp_path: Path):
     one = run(tiny_text, tmp_path / "one", "--data.batch_size", "8")
     two = run(tiny_text, tmp_path / "two", "--data.batch_size", "4", "--training.devices", "2")

@@ -117,10 +117,11 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
         assert got[name] == expected[name]
 
 
-def test_a_finished_run_is_not_trained_again_unless_asked(tiny_run: Build):
+def test_a_finished_run_is_not_trained_again_unless_asked(tiny_run: Build, capsys: pytest.CaptureFixture[str]):
     config = tiny_run()
     first = train(config)
     assert train(config).outcome() == first.outcome()
+    assert "has ended already; --output.fresh true trains it again" in capsys.readouterr().out
     fresh = dataclasses.replace(config, output=dataclasses.replace(config.output, fresh=True))
     again = train(fresh)
     aside = RunRecord.open(again.folder.with_name(again.id + ".1"))
@@ -147,6 +148,9 @@ def test_the_last_step_competes_for_the_best_weights(tiny_run: Build):
     record = train(tiny_run(training__steps=13, training__valid_every=5, optim__lr=1e-2))
     assert record.outcome().results["best_step"] == 13
     assert [row["step"] for row in record.metrics() if "valid_loss_nats" in row] == [5, 10, 13]
+    for name in ("best", "last"):
+        stored = torch.load(record.checkpoints / f"{name}.ckpt", weights_only=True)
+        assert stored["global_step"] == 13
 
 
 def test_classification_learns_and_stands_beside_its_baseline(tiny_run: Build, tiny_labels: Path):
@@ -183,6 +187,19 @@ def test_module_and_datamodule_work_in_a_trainer_of_ones_own(tiny_run: Build, tm
     assert {"train_loss_nats", "valid_loss_nats", "gradient_norm"} <= set(header.split(","))
 
 
+def test_the_evaluated_part_of_train_is_spread_over_it(tiny_run: Build, tiny_labels: Path):
+    config = tiny_run(data__corpus=str(tiny_labels))
+    data = normlab.TextDataModule(config.data)
+    part = data.train_part_dataloader()
+    assert len(list(part)) == len(part) == len(part.taken)
+    rows = sum(len(batch.tokens_BT) for batch in part)
+    valid = sum(len(batch.tokens_BT) for batch in data.val_dataloader())
+    assert valid <= rows <= 2 * valid
+    lengths = [batch.tokens_BT.shape[1] for batch in part]
+    assert lengths[0] <= 3
+    assert lengths[-1] >= 9
+
+
 def test_no_norm_means_no_norm(tiny_run: Build, tiny_text: Path):
     torch_norms = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._NormBase)
     for model in ("lstm", "transformer"):
@@ -197,7 +214,7 @@ def test_no_norm_means_no_norm(tiny_run: Build, tiny_text: Path):
 
 
 def test_a_batch_norm_needs_two_rows(tiny_run: Build):
-    with pytest.raises(InputError, match="use at least 2 rows"):
+    with pytest.raises(InputError, match="bn takes its statistics over the rows of a batch, and a batch has one row"):
         train(tiny_run(model__norm="bn", data__batch_size=1))
     assert train(tiny_run(model__norm="ln", data__batch_size=1)).outcome().state == "finished"
 
@@ -224,8 +241,7 @@ def test_a_changed_text_is_refused_on_resume(tiny_run: Build, tiny_text: Path, t
     text = tmp_path / "mine.txt"
     text.write_text(tiny_text.read_text())
     config = tiny_run(data__corpus=str(text))
-    record = train(config)
-    (record.folder / "outcome.json").unlink()
+    train(config)
     text.write_text(tiny_text.read_text().replace("norm", "form"))
     with pytest.raises(InputError, match="has changed since"):
         train(config)

@@ -50,7 +50,12 @@ class Loader(ABC):
         seed: of the order.
         rank: this process.
         world: number of processes.
+
+    Attributes:
+        batch_size: rows of a batch in this process; fewer than asked for if the text is short.
     """
+
+    batch_size: int
 
     def __init__(self, *, train: bool, seed: int, rank: int, world: int) -> None:
         self.train = train

@@ -160,6 +160,7 @@ READERS: Mapping[str, Callable[[Path], Splits]] = {
     "ptb": _ptb,
     "ptb_char": _ptb_char,
     "wikitext-2": _wikitext,
+    "wikitext-103": _wikitext,
     "text8-prefix": _text8_prefix,
     "sst2": _sst2,
     "sst2_glue": _sst2_glue,

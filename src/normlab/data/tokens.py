@@ -152,9 +152,11 @@ class Tokenizer:
         return start + (len(words[0]) if words else 0)
 
     def save(self, path: str | Path) -> None:
-        """Write everything into one JSON file."""
+        """Write everything into one JSON file, which is there whole or not at all."""
         stored = {"kind": self.kind, "symbols": self.symbols, "lines": self.lines, "model": self._model_json}
-        Path(path).write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+        beside = Path(path).with_name(f".{Path(path).name}.tmp")
+        beside.write_text(json.dumps(stored, ensure_ascii=False), encoding="utf-8")
+        beside.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:

@@ -188,6 +188,8 @@ class LSTM(nn.LSTM):
             return cast(Tensor, out).squeeze(batch_dim), self._restate(state, lambda x: x.squeeze(1), 1)
         if self.backend == "auto" and self.bare and (lengths is None or bool((lengths > 0).all())):
             return self._forward_fused(input, hx, lengths)
+        if hx is not None:
+            self.check_forward_args(input, (hx[0], hx[1]), None)  # pyright: ignore[reportArgumentType]
         x_TBF = input.transpose(0, 1) if self.batch_first else input
         out_TBP, state = self._forward_reference(x_TBF, hx, lengths)
         return (out_TBP.transpose(0, 1) if self.batch_first else out_TBP), state

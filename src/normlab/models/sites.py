@@ -61,6 +61,8 @@ class NormFactory:
         if stepwise and cls.recurrent_pool is not None:
             options["pool"] = cls.recurrent_pool
         gain = self._site(site).gain
+        if gain is not None and self.options.get("affine") is False:
+            raise InputError(f"model.sites.{site}.gain is set, but model.norm_options.affine=false leaves no gain")
         if gain is None:
             gain = cls.recurrent_gain if recurrent else 1.0
         norm = build_norm(name, dim, causal=self.causal, bias=bias, gain=gain, **options)

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["collect_environment"]
+__all__ = ["collect_environment", "program"]
 
 PACKAGES = ("normlab", "torch", "pytorch-lightning", "numpy", "wandb", "datasets", "tokenizers", "transformers")
 
@@ -35,6 +35,17 @@ def collect_environment(devices: Sequence[str] = ()) -> dict[str, Any]:
         "git": _git(Path(__file__).parent),
         "argv": _command(sys.argv),
     }
+
+
+def program(name: str) -> str:
+    """How to call a program of this Python's environment from here: by name if that is activated, else by its path."""
+    if "VIRTUAL_ENV" in os.environ:
+        return name
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        return name
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def _versions() -> dict[str, str]:

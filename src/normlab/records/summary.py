@@ -9,6 +9,7 @@ import re
 from rich.console import Console
 from rich.table import Table
 
+from normlab.records.environment import program
 from normlab.records.record import RunRecord
 
 __all__ = ["show", "summary_rows"]
@@ -53,9 +54,9 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
         )
         rows.append(("peak memory", f"{float(results['peak_memory_mib']):,.0f} MiB"))
     rows.append(("record", str(record.folder)))
-    rows.append(("look", f"python -m normlab show {_shown(record)}; make watch"))
+    rows.append(("look", f"{program('python')} -m normlab show {_shown(record)}; make watch"))
     if outcome.state in ("interrupted", "failed"):
-        rows.append(("go on", f"python -m normlab train --resume {_shown(record)}"))
+        rows.append(("go on", f"{program('python')} -m normlab train --resume {_shown(record)}"))
     return rows
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from normlab.config import RunConfig, config_to_dict
+from normlab.records.environment import program
 
 __all__ = ["WandbMirror"]
 
@@ -102,7 +103,7 @@ class WandbMirror:
         """One line that says where to find the run in W&B or how to upload it; empty if there is nothing."""
         if self._url and not self._incomplete:
             return f"W&B: {self._url}"
-        return f"W&B recorded on disk; upload with: wandb sync {self._folder}" if self._folder else ""
+        return f"W&B recorded on disk; upload with: {program('wandb')} sync {self._folder}" if self._folder else ""
 
     def _attempt(self, send: Callable[[Any], object]) -> None:
         if self._run is None:
@@ -146,7 +147,7 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
         name=record_folder.name,
         group=(output.claim or corpus)[:128],
         tags=[tag[:64] for tag in dict.fromkeys(tags) if tag],
-        config=config_to_dict(config),
+        config=_shared_config(config),
         dir=output.runs_dir,
         mode=mode,
         # Offline, segments of one id become one run when they are uploaded.
@@ -157,6 +158,14 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
     run.define_metric("seconds")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def _shared_config(config: RunConfig) -> dict[str, Any]:
+    """The config without paths, which name users."""
+    values = config_to_dict(config)
+    values["output"] = {"claim": config.output.claim}
+    values["data"]["corpus"] = Path(config.data.corpus).name
+    return values
 
 
 def _wandb_id(record_folder: Path) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import pytorch_lightning as pl
 
 from normlab.config import DataConfig
 from normlab.data.batches import Batch, Loader, make_loader
-from normlab.data.prepared import EncodedSplit, PreparedText, prepare
+from normlab.data.prepared import PreparedText, prepare
 
 __all__ = ["TextDataModule", "WholeRun"]
 
@@ -47,11 +48,10 @@ class TextDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> Loader:
         return self._loader(self.text, "test", train=False)
 
-    def train_part_dataloader(self) -> Loader:
-        """The first part of the training split, as large as the validation split, in evaluation order."""
-        part = _first_part(self.text.splits["train"], self.text.splits["valid"])
-        text = dataclasses.replace(self.text, splits={**self.text.splits, "train": part})
-        return self._loader(text, "train", train=False)
+    def train_part_dataloader(self) -> TrainPart:
+        """A part of the training split about as large as the validation split, in evaluation order."""
+        whole = self._loader(self.text, "train", train=False)
+        return TrainPart(whole, len(self.val_dataloader()), spread=self.data.stream == "windows")
 
     def _loader(self, text: PreparedText, split: str, *, train: bool) -> Loader:
         data = self.data
@@ -90,11 +90,23 @@ class WholeRun:
         self.loader.load_state_dict(state)
 
 
-def _first_part(whole: EncodedSplit, like: EncodedSplit) -> EncodedSplit:
-    if whole.labels is None:
-        count = min(len(whole.ids), len(like.ids))
-        return dataclasses.replace(whole, ids=whole.ids[:count], lengths=whole.lengths.clip(max=count))
-    count = min(len(whole.starts), len(like.starts))
-    return dataclasses.replace(
-        whole, starts=whole.starts[:count], lengths=whole.lengths[:count], labels=whole.labels[:count]
-    )
+class TrainPart:
+    """A fixed part of an evaluation of the training split.
+
+    Args:
+        loader: the whole.
+        batches: about how many of its batches.
+        spread: evenly spaced batches; False takes the first ones, as a carried state needs (their rows are spread
+            over the whole text anyway).
+    """
+
+    def __init__(self, loader: Loader, batches: int, *, spread: bool) -> None:
+        self.loader = loader
+        stride = max(1, len(loader) // batches) if spread else 1
+        self.taken = range(0, len(loader) if spread else min(batches, len(loader)), stride)
+
+    def __len__(self) -> int:
+        return len(self.taken)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return itertools.islice(self.loader, self.taken.start, self.taken.stop, self.taken.step)

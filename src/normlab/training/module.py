@@ -55,7 +55,8 @@ class TextModule(pl.LightningModule):
         self.carries_state = text.task == "language_modelling" and config.data.stream == "stateful"
         self.carried: LSTMState | None = None
         self.evaluated_split = "valid"
-        self.last_loss_nats = torch.tensor(float("nan"))
+        self.last_loss_nats = torch.tensor(0.0)
+        self._micro_losses: list[Tensor] = []
         self.nats = MeanMetric().set_dtype(torch.float64)
         self.accuracy = MeanMetric().set_dtype(torch.float64)
 
@@ -73,8 +74,7 @@ class TextModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.losses(batch).mean_nats
-        self.last_loss_nats = loss.detach()
-        self.log("train_loss_nats", loss, prog_bar=True, batch_size=batch.tokens_BT.shape[0])
+        self._micro_losses.append(loss.detach())
         return loss
 
     def configure_gradient_clipping(
@@ -83,6 +83,10 @@ class TextModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
+        # Called once per optimizer step: the loss of the step is the mean over its micro-batches.
+        self.last_loss_nats = torch.stack(self._micro_losses).mean()
+        self._micro_losses.clear()
+        self.log("train_loss_nats", self.last_loss_nats, prog_bar=True)
         limit = self.config.optim.clip or float("inf")
         self.log("gradient_norm", torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         self.log("learning_rate", optimizer.param_groups[0]["lr"])

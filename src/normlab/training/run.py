@@ -48,39 +48,45 @@ def train(config: RunConfig) -> RunRecord:
         InputError: the config asks for something that cannot be done; one line says what and how to mend it.
     """
     require_corpus(config.data)
-    name = run_id(config)
     first = is_first_process()
+    console = Console(quiet=not first)
+    text = prepare(config.data)
+    name = run_id(config)
     if first and name in record_ids(config.output.runs_dir):
         existing = RunRecord.open(name, config.output.runs_dir)
         if config.output.fresh:
             existing.archive()
-        elif existing.outcome().state in ("finished", "diverged"):
-            return existing
-    console = Console(quiet=not (config.output.progress and first))
-    text = prepare(config.data)
+        else:
+            _check_same_text(existing, text)
+            if existing.outcome().state in ("finished", "diverged"):
+                console.print("this run has ended already; --output.fresh true trains it again", highlight=False)
+                return existing
     pl.seed_everything(config.seed, verbose=False)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
     module = TextModule(config, text)
-    _check_batch_size(config, module)
+    datamodule = TextDataModule(config.data, config.seed, text)
+    _accelerator(config.training.accelerator, config.training.devices)
+    _check_batch_rows(module, datamodule.train_dataloader().batch_size * config.training.devices, config)
     record = RunRecord.create(config)
-    _check_same_text(record, text)
     if first:
         record.start()
     run = None
     try:
-        run = _Run(config, text, module, record, console, first)
+        run = _Run(config, text, datamodule, module, record, console, first)
         outcome = run.train()
         if first:
             record.finish(outcome)
-    except BaseException as error:
+    except BaseException as error:  # whatever ends a run is recorded, and raised again
+        if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
+            error = error.__context__  # Lightning exits on Ctrl-C; how to exit is the caller's to say
         if first:
             _finish_quietly(record, _failed(error, run))
         if run is not None:
             run.mirror.finish(1)
         message = _explain(error, record, config)
         if message is None:
-            raise
+            raise error from None
         raise InputError(message) from error
     run.mirror.summary({"outcome": outcome.state, **outcome.results})
     run.mirror.finish(0)
@@ -94,17 +100,13 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
 
 
-def statistics_rows(config: RunConfig) -> int:
-    """Rows that share one training statistic of a batch norm: accumulation does not add to them, processes do."""
-    return config.data.batch_size * config.training.devices
-
-
 @dataclass
 class _Run:
     """Everything one run holds while it lasts."""
 
     config: RunConfig
     text: PreparedText
+    datamodule: TextDataModule
     module: TextModule
     record: RunRecord
     console: Console
@@ -113,22 +115,23 @@ class _Run:
     def __post_init__(self) -> None:
         training = self.config.training
         self.stopwatch = Stopwatch()
-        self.datamodule = TextDataModule(self.config.data, self.config.seed, self.text)
         self.signals = StopSignals(training.valid_every)
         self.guard = DivergenceGuard(training.divergence_nats)
         self.checkpoints = Checkpoints(
             self.record.checkpoints, training.checkpoint_every, training.valid_every, self.stopwatch
         )
-        accelerator, devices = training.accelerator, training.devices
-        if accelerator == "gpu" and not torch.cuda.is_available():
-            raise InputError("training.accelerator is gpu but torch sees none; use cpu or auto")
+        self.statistics_rows = self.datamodule.train_dataloader().batch_size * training.devices
+        accelerator, devices = _accelerator(training.accelerator, training.devices), training.devices
+        strategy = "auto" if devices == 1 else "ddp"
+        if devices > 1 and self.module.carries_state:
+            strategy = "ddp_find_unused_parameters_true"  # the learned initial state, in all batches but the first
         with _quiet_lightning():
             self.trainer = pl.Trainer(
                 max_steps=training.steps,
                 max_epochs=-1,
                 accelerator=accelerator,
                 devices=devices,
-                strategy="ddp" if devices > 1 else "auto",
+                strategy=strategy,
                 precision="bf16-mixed" if training.precision == "bf16" else "32-true",
                 accumulate_grad_batches=training.accumulate,
                 check_val_every_n_epoch=None,
@@ -142,6 +145,8 @@ class _Run:
                 default_root_dir=self.record.folder,
             )
         self.datamodule.trainer = self.trainer
+        if accelerator == "gpu":
+            torch.cuda.reset_peak_memory_stats()
         output = self.config.output if self.first else dataclasses.replace(self.config.output, wandb="off")
         self.mirror = WandbMirror.start(dataclasses.replace(self.config, output=output), self.record.folder, self._say)
         self.recorder = Recorder(self.record if self.first else None, self.mirror, self.stopwatch)
@@ -190,7 +195,7 @@ class _Run:
             self.guard,
             self.recorder,
             Activations(self.recorder, batch, training.activations_every),
-            ProgressBar(self.console, self.stopwatch),
+            ProgressBar(Console(quiet=not (self.first and self.config.output.progress)), self.stopwatch),
         ]
         if training.early_stop:
             callbacks.append(EarlyStopping("valid_loss_nats", patience=training.early_stop, check_finite=False))
@@ -218,13 +223,6 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         """Losses of the best weights on a part of train, on valid and on test, all in evaluation mode."""
-        if self.step % self.config.training.valid_every:
-            # The last step is no validation step: it competes for the best weights all the same.
-            self.trainer.validate(self.module, self.datamodule.val_dataloader(), verbose=False)
-            metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-            self.recorder.write(self.step, {name: metrics[name] for name in metrics if name.startswith("valid_")})
-            if metrics["valid_loss_nats"] < self.checkpoints.best_loss_nats:
-                self.checkpoints.best_step = self.step
         if self.checkpoints.best_step != self.step:
             best = torch.load(self.checkpoints.best, map_location="cpu", weights_only=True)
             self.module.load_state_dict(best["state_dict"])
@@ -245,7 +243,7 @@ class _Run:
             **evaluated,
             **baseline(self.text),
             "tokens_per_second": self.recorder.tokens_per_second,
-            "peak_memory_mib": _peak_memory_mib(),
+            "peak_memory_mib": _peak_memory_mib(self.trainer),
             "parameters": sum(p.numel() for p in self.module.model.parameters()),
         }
 
@@ -263,13 +261,17 @@ class _Run:
         environment["sites"] = _sites(self.module)
         environment["threads"] = torch.get_num_threads()
         if _couples_rows(self.module):
-            environment["statistics_batch_rows"] = statistics_rows(self.config)
-            if self.config.training.accumulate > 1:
-                accumulated = statistics_rows(self.config) * self.config.training.accumulate
+            rows, accumulate = self.statistics_rows, self.config.training.accumulate
+            environment["statistics_batch_rows"] = rows
+            if accumulate > 1:
                 self._say(
-                    f"warning: with training.accumulate {self.config.training.accumulate} the batch statistics still "
-                    f"see {statistics_rows(self.config)} rows, the gradient {accumulated}"
+                    f"warning: with training.accumulate {accumulate} the batch statistics still see {rows} rows, "
+                    f"the gradient {rows * accumulate}"
                 )
+        before = self.record.environment()
+        if before:
+            kept = ("machine", "versions", "git")
+            environment["begun_with"] = before.get("begun_with", {name: before[name] for name in kept})
         self.record.write_environment(environment)
 
 
@@ -300,18 +302,30 @@ def _couples_rows(module: TextModule) -> bool:
     return any(isinstance(part, Norm) and not part.batch_independent for part in module.modules())
 
 
-def _check_batch_size(config: RunConfig, module: TextModule) -> None:
-    lonely = any(isinstance(part, Norm) and not part.works_at_batch_1 for part in module.modules())
-    if lonely and config.data.batch_size == 1:
+def _accelerator(asked: str, devices: int) -> str:
+    """ "gpu" (CUDA) or "cpu"; other accelerators lack the fp64 that losses are summed in."""
+    found = torch.cuda.device_count()
+    if asked == "gpu" and found == 0:
+        raise InputError("training.accelerator is gpu but torch sees none; use cpu or auto")
+    accelerator = "gpu" if found and asked != "cpu" else "cpu"
+    if accelerator == "gpu" and devices > found:
+        raise InputError(f"training.devices is {devices} but torch sees {found} GPU(s)")
+    return accelerator
+
+
+def _check_batch_rows(module: TextModule, rows: int, config: RunConfig) -> None:
+    lonely = [part.name for part in module.modules() if isinstance(part, Norm) and not part.works_at_batch_1]
+    if lonely and rows == 1:
         raise InputError(
-            f"{config.model.norm} takes its statistics over the rows of a batch and data.batch_size is 1; "
-            "use at least 2 rows, or a norm that does not depend on the batch"
+            f"{lonely[0]} takes its statistics over the rows of a batch, and a batch has one row; raise "
+            f"data.batch_size (now {config.data.batch_size}), lower data.length if the text is short, or use a norm "
+            "that works at batch 1"
         )
 
 
 def _check_same_text(record: RunRecord, text: PreparedText) -> None:
     before = record.environment().get("data", {}).get("sha256")
-    if before not in (None, text.sha256) and (record.checkpoints / "last.ckpt").exists():
+    if before not in (None, text.sha256):
         raise InputError(
             f"the text of {text.name} has changed since {record.folder} was begun; put it back, or train anew with "
             "--output.fresh true"
@@ -325,9 +339,9 @@ def _devices(trainer: pl.Trainer) -> list[str]:
     return [torch.cuda.get_device_name(trainer.strategy.root_device)] * trainer.num_devices
 
 
-def _peak_memory_mib() -> float:
-    """Peak memory of this process: of the GPU if one was used, else resident."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+def _peak_memory_mib(trainer: pl.Trainer) -> float:
+    """Peak memory of this run on its GPU, or of this process where there is none."""
+    if trainer.strategy.root_device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if os.uname().sysname == "Darwin" else peak / 2**10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import types
@@ -15,17 +16,23 @@ from pytorch_lightning.callbacks import Checkpoint
 from normlab.training.module import TextModule
 from normlab.training.stopwatch import Stopwatch
 
-__all__ = ["Checkpoints", "DivergenceGuard", "StopSignals", "exit_code"]
+__all__ = ["Checkpoints", "DivergenceGuard", "StopSignals"]
 
 CHECK_EVERY = 10
 """Optimizer steps between looks at the loss: each look waits for the device."""
+
+
+def is_validation_due(trainer: pl.Trainer, every: int) -> bool:
+    """Whether this step ends in a validation: every so many steps, and the last one always."""
+    return trainer.global_step % every == 0 or trainer.global_step >= trainer.max_steps
 
 
 class StopSignals(pl.Callback):
     """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
 
     Args:
-        valid_every: optimizer steps between validations; one that is due is still done, as a resumed run would not.
+        valid_every: optimizer steps between validations; one that is due is still done, because a resumed run would
+            not go back to it.
 
     Attributes:
         received: the signal's number, or None.
@@ -57,11 +64,25 @@ class StopSignals(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step, before = trainer.global_step, self._step
         self._step = step
-        if self.received is None or step == before:  # a half accumulated gradient is in no checkpoint
+        if step == before:  # a half accumulated gradient is in no checkpoint
             return
-        trainer.should_stop = True
-        if step % self.valid_every:
-            trainer.limit_val_batches = 0  # else Lightning validates at any early end
+        if step >= trainer.max_steps:
+            trainer.should_stop = True  # so that Lightning validates after the last step too
+        elif self._is_received(trainer):
+            trainer.should_stop = True
+            if not is_validation_due(trainer, self.valid_every):
+                trainer.limit_val_batches = 0  # else Lightning validates at any early end
+
+    def _is_received(self, trainer: pl.Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self.received is not None
+        # Processes must stop at the same step; asking each other takes time, so not at every one.
+        if trainer.global_step % CHECK_EVERY:
+            return False
+        received = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
+        if received and self.received is None:
+            self.received = signal.SIGTERM
+        return received
 
 
 class DivergenceGuard(pl.Callback):
@@ -96,7 +117,9 @@ class DivergenceGuard(pl.Callback):
             self._look(trainer, loss if loss != loss or loss == float("inf") else 0.0, "validation")
 
     def _look(self, trainer: pl.Trainer, loss_nats: float, kind: str) -> None:
-        if not loss_nats <= self.bound_nats and not self.diverged:
+        # One process that diverges ends the run in all of them.
+        diverged = trainer.strategy.reduce_boolean_decision(not loss_nats <= self.bound_nats, all=False)
+        if diverged and not self.diverged:
             self.reason = (
                 f"{kind} loss {loss_nats:g} nats at or before step {trainer.global_step} "
                 f"is not below the bound of {self.bound_nats:g}"
@@ -109,8 +132,8 @@ class Checkpoints(Checkpoint):
     """`last.ckpt` to resume from, and `best.ckpt`: the weights with the best validation loss.
 
     A checkpoint that falls on a validation step is written after the validation, so that a resumed run never
-    misses a validation and the choice of the best one is the same as in an uninterrupted run. Lightning writes a
-    checkpoint to a temporary file and moves it, so that a kill leaves the one before.
+    misses a validation and the choice of the best one is the same as in an uninterrupted run. A checkpoint is written
+    beside the one before and then takes its place, so that a kill or a full disk leaves the one before.
 
     Args:
         folder: where they go.
@@ -146,7 +169,7 @@ class Checkpoints(Checkpoint):
         step = trainer.global_step
         if step == self.saved_step:  # a micro-batch that did not complete a step
             return
-        if step % self.valid_every and (trainer.should_stop or step % self.every == 0):
+        if not is_validation_due(trainer, self.valid_every) and (trainer.should_stop or step % self.every == 0):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -164,9 +187,10 @@ class Checkpoints(Checkpoint):
 
     def _save(self, trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
         with self.stopwatch.held():
-            trainer.save_checkpoint(path, weights_only=weights_only)
-
-
-def exit_code(received: int | None) -> int:
-    """Exit code of a run that a signal ended: 130 for Ctrl-C, 143 for SIGTERM, 0 for none."""
-    return 0 if received is None else 128 + received
+            beside = path.with_name(f".{path.name}.tmp")
+            trainer.save_checkpoint(beside, weights_only=weights_only)
+            if trainer.is_global_zero:
+                with beside.open("rb") as file:
+                    os.fsync(file.fileno())
+                beside.replace(path)
+            trainer.strategy.barrier()

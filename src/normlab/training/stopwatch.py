@@ -19,17 +19,17 @@ class Stopwatch:
     def __init__(self, seconds: float = 0.0) -> None:
         self._total = seconds
         self._since: float | None = None
-        self._holds = 0
 
     @property
     def seconds(self) -> float:
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._total + running
 
-    def start(self, seconds: float | None = None) -> None:
-        """Run on, from `seconds` if given."""
-        if seconds is not None:
-            self._total = seconds
+    def set(self, seconds: float) -> None:
+        """Put the watch, which must be stopped, on `seconds`."""
+        self._total = seconds
+
+    def start(self) -> None:
         self._since = time.perf_counter()
 
     def stop(self) -> None:

@@ -45,7 +45,6 @@ class Recorder(pl.Callback):
         self.mirror = mirror
         self.stopwatch = stopwatch
         self.tokens = 0
-        self._restored_seconds: float | None = None
         self._row_seconds = 0.0
         self._row_tokens = 0
         self._row_step = -1
@@ -59,7 +58,8 @@ class Recorder(pl.Callback):
         return {"seconds": self.stopwatch.seconds, "tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored_seconds, self.tokens = state_dict["seconds"], state_dict["tokens"]
+        self.stopwatch.set(state_dict["seconds"])
+        self.tokens = state_dict["tokens"]
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row, to record and mirror."""
@@ -68,7 +68,7 @@ class Recorder(pl.Callback):
         self.mirror.log(metrics, step, self.stopwatch.seconds)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.stopwatch.start(self._restored_seconds)
+        self.stopwatch.start()
         self._row_seconds, self._row_tokens = self.stopwatch.seconds, self.tokens
         self._row_step = trainer.global_step
 
