@@ -91,3 +91,10 @@ def test_public_face_is_frozen():
     assert all(getattr(normlab, name) is not None for name in normlab.__all__)
     with pytest.raises(AttributeError, match="it has InputError"):
         normlab.trian  # noqa: B018
+
+
+def test_a_norm_that_stands_nowhere_is_refused():
+    nowhere = {site: {"norm": "none"} for site in ("input_to_hidden", "hidden_to_hidden", "cell")}
+    with pytest.raises(InputError, match=r"model\.norm is bn but no site has it"):
+        config_from_dict({"model": {"norm": "bn", "sites": nowhere}})
+    assert config_from_dict({"model": {"norm": "none", "sites": nowhere}}).model.norm == "none"

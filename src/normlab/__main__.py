@@ -25,6 +25,7 @@ from normlab.config import (
     TrainingConfig,
     config_from_dict,
     require_choice,
+    run_id,
 )
 
 SHORT = {"--norm": "--model.norm", "--model": "--model.name", "--data": "--data.corpus"}
@@ -175,6 +176,11 @@ def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfi
     if changed:
         raise InputError(f"--resume takes the run's own config; drop {changed[0]} (only --output.* may be added)")
     record = RunRecord.open(run, options.output.runs_dir)
+    if record.id != run_id(record.config):
+        raise InputError(
+            f"{record.folder} was renamed, archived or edited: its config is that of {run_id(record.config)}; "
+            "give it that name to go on with it"
+        )
     state = record.outcome().state
     given = {a[len("--output.") :].partition("=")[0] for a in arguments if a.startswith("--output.")}
     output = replace(record.config.output, **{name: getattr(options.output, name) for name in given})
@@ -197,18 +203,25 @@ def _one_line(parser: ArgumentParser, message: str) -> str:
     if unknown is not None:
         flag = unknown[1].partition("=")[0]
         flags = [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
-        group = [name for name in flags if name.rpartition(".")[0] == flag.rpartition(".")[0]]
+        known = flag.rpartition(".")[0]
+        while known and not any(name.startswith(f"{known}.") for name in flags):
+            known = known.rpartition(".")[0]
+        group = [name for name in flags if name.startswith(f"{known}.") and known]
         short = [*SHORT, *(name for name in flags if "." not in name and not name.startswith("--print"))]
+        named = [name for name in flags if name.rpartition(".")[2] == flag.lstrip("-")]
         try:
-            require_choice(
-                "flag" if flag.startswith("-") else "argument", flag, (group if "." in flag else []) or short
-            )
+            require_choice("flag" if flag.startswith("-") else "argument", flag, group or [*short, *named])
         except InputError as error:
             return str(error)
     choice = re.search(r'key "([^"]+)":.*?Literal\[([^]]*)\].*value: (\S+)', message, re.DOTALL)
     if choice is not None:
         key, choices, got = choice.groups()
         return f"{key} must be one of {choices.replace(chr(39), '')}, not {got!r}"
+    union = re.search(r'key "([^"]+)":.*?Subtypes: \[(.*?)\] Errors.*value: (.*)', " ".join(message.split()))
+    if union is not None:
+        key, wanted, got = union.groups()
+        kinds = [kind for kind in re.findall(r"(?:class '|)(\w+)'?>?(?:, |$)", wanted) if kind != "NoneType"]
+        return f"{key} must be {' or '.join(kinds)} or null, not {got!r}"
     wrong = re.search(r'key "([^"]+)":\s+Expected an? (.*)\. Got value: (.*)', message, re.DOTALL)
     if wrong is not None:
         key, wanted, got = wrong.groups()

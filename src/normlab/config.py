@@ -90,6 +90,14 @@ class SiteConfig:
             require_choice("norm", self.norm, (*available_norms(), MODEL_NORM))
 
 
+def _require_norm_stands(norm: str, sites: LSTMSites | TransformerSites) -> None:
+    named = {site.name: getattr(sites, site.name).norm for site in dataclasses.fields(sites)}
+    _require(
+        norm == "none" or any(value in (MODEL_NORM, norm) for value in named.values()),
+        f"model.norm is {norm} but no site has it; use model.norm=none, or set a site's norm to {MODEL_NORM!r}",
+    )
+
+
 def _bare() -> SiteConfig:
     return SiteConfig(norm="none")
 
@@ -204,6 +212,7 @@ class LSTMConfig:
 
     def __post_init__(self) -> None:
         require_choice("norm", self.norm, available_norms())
+        _require_norm_stands(self.norm, self.sites)
         _require(self.width >= 1, f"model.width is {self.width}; it must be at least 1")
         _require(self.layers >= 1, f"model.layers is {self.layers}; it must be at least 1")
         _require(self.embedding_width >= 0, "model.embedding_width must be >= 0 (0 takes model.width)")
@@ -255,6 +264,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         require_choice("norm", self.norm, available_norms())
+        _require_norm_stands(self.norm, self.sites)
         for name in ("width", "layers", "heads"):
             _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
         _require(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from normlab.config import DataConfig, InputError
 from normlab.data.batches import Batch, LanguageStream, LanguageWindows, Loader, TextBatches, make_loader
 from normlab.data.corpora import Corpus
-from normlab.data.prepared import EncodedSplit, SplitCounts, prepare_corpus
+from normlab.data.prepared import EncodedSplit, SplitCounts, prepare, prepare_corpus
 from normlab.data.splits import Split
 
 NO_COUNTS = SplitCounts(*[0] * 10)
@@ -253,3 +254,15 @@ def test_a_batch_is_made_in_well_under_a_millisecond() -> None:
     start = time.perf_counter()
     made = len(list(islice(iter(loader), 100)))
     assert (time.perf_counter() - start) / made < 3e-3  # about 1e-4 on an idle core
+
+
+def test_no_training_batch_has_a_single_row(tmp_path: Path) -> None:
+    seen = set()
+    for count in range(36, 44):
+        path = tmp_path / f"{count}.csv"
+        path.write_text("text,label\n" + "".join(f"word {i % 7} and {i},{i % 2}\n" for i in range(count)))
+        data = DataConfig(corpus=str(path), tokens="word", batch_size=2)
+        rows = [len(batch.tokens_BT) for batch in make_loader(prepare(data), data, "train", train=True)]
+        assert set(rows) <= {2, 3}
+        seen.add(sum(rows) % 2)
+    assert seen == {0, 1}

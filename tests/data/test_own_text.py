@@ -128,3 +128,18 @@ def test_missing_paths_and_empty_folders_are_found_without_reading(tmp_path: Pat
         require_corpus(DataConfig(corpus="absent.csv"))
     with pytest.raises(InputError, match=r"holds no \.txt file"):
         require_corpus(DataConfig(corpus=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["good,pos", '"the film was great,pos', "bad,neg"], "row beginning in line 3.*a quote never closed"),
+        (["good,pos", "bad, and worse,neg"], "row 3 has 3 cells, the header has 2"),
+        (["good,pos", "bad"], "row 3 has 1 cells, the header has 2"),
+    ],
+)
+def test_a_broken_table_is_not_read_as_another(tmp_path: Path, rows: list[str], said: str) -> None:
+    path = tmp_path / "broken.csv"
+    path.write_text("\n".join(["text,label", *rows, *["fine,pos", "bad,neg"] * 10]) + "\n")
+    with pytest.raises(InputError, match=said):
+        load_corpus(DataConfig(corpus=str(path)))

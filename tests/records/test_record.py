@@ -240,7 +240,7 @@ def test_open_says_what_is_wrong(tmp_path: Path) -> None:
 
 def test_runs_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
-    with pytest.raises(InputError, match="in the way"):
+    with pytest.raises(InputError, match=r"cannot make the folder .* change output\.runs_dir"):
         RunRecord.create(config_in(tmp_path / "runs"))
 
 

@@ -159,7 +159,7 @@ def test_out_of_memory_is_said_in_one_line(tiny_run: Build, monkeypatch: pytest.
         raise MemoryError
 
     monkeypatch.setattr(watching.Recorder, "on_train_batch_end", hungry)
-    with pytest.raises(InputError, match=r"out of memory; lower data\.batch_size \(now 8\)"):
+    with pytest.raises(InputError, match=r"out of memory; lower data\.batch_size \(now 8\), model\.width \(now 16\)"):
         train(tiny_run())
 
 

@@ -269,6 +269,8 @@ class TextBatches(Loader):
         if self._units == 0:
             raise InputError(f"{count} texts cannot be shared by {world} processes; use fewer training.devices")
         self._batches = math.ceil(self._units / batch_size) if train else len(_shares(count, batch_size, rank, world))
+        if train and batch_size > 1:
+            self._batches = min(self._batches, max(1, self._units // 2))  # two rows at least
 
     def __len__(self) -> int:
         return self._batches

@@ -31,9 +31,10 @@ def read_text(path: Path) -> str:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
+        encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
         raise InputError(
             f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; "
-            "convert it first, e.g. with iconv -f latin1 -t utf-8"
+            f"convert it first, e.g. with iconv -f {encoding} -t utf-8"
         ) from error
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -48,12 +49,17 @@ def table_rows(path: Path, delimiter: str, *, quoted: bool = True) -> Iterator[l
     # A quoted field may go over several lines, and only "\n" ends one (str.splitlines knows eight more).
     lines = io.StringIO(read_text(path), newline="")
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    begun = 1
     try:
-        for row in csv.reader(lines, delimiter=delimiter, quoting=quoting):
+        for row in reader:
             if row:
                 yield row
+            begun = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path} cannot be read as a table: {error}") from error
+        raise InputError(
+            f"{path}, row beginning in line {begun}: {error}; is a quote never closed, or not doubled inside quotes?"
+        ) from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -63,7 +69,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return list(_json_rows(path))
     rows = table_rows(path, "\t" if suffix == ".tsv" else ",")
     header = next(rows, [])
-    return [dict(zip(header, row, strict=False)) for row in rows]
+    named = []
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise InputError(
+                f"{path}, row {number} has {len(row)} cells, the header has {len(header)}; "
+                "quote texts that hold the delimiter"
+            )
+        named.append(dict(zip(header, row, strict=True)))
+    return named
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -72,7 +86,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not valid JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: not a JSON object with named columns")

@@ -54,9 +54,9 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}); the record is damaged: train the run again") from None
+        raise InputError(f"{where} is not JSON ({error}); the record is damaged: move its folder away") from None
     if not isinstance(values, dict):
-        raise InputError(f"{where} is not a JSON object; the record is damaged: train the run again")
+        raise InputError(f"{where} is not a JSON object; the record is damaged: move its folder away")
     return _decode(values)
 
 

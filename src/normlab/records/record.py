@@ -78,8 +78,9 @@ class RunRecord:
         record = cls(Path(config.output.runs_dir) / run_id(config), config)
         try:
             record.checkpoints.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise InputError(f"{error.filename} is in the way of the run's folder; change output.runs_dir") from None
+        except OSError as error:
+            why = error.strerror or error
+            raise InputError(f"cannot make the folder {record.folder} ({why}); change output.runs_dir") from None
         write_atomically(record.folder / "config.yaml", yaml.safe_dump(config_to_dict(config), sort_keys=False))
         return record
 
@@ -99,10 +100,10 @@ class RunRecord:
             raise InputError(f"no run {str(folder_or_id)!r}; {hint}")
         path = folder / "config.yaml"
         try:
-            return cls(folder, config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8")) or {}))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, InputError, TypeError) as error:
+            return cls(folder, config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
+        except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
             why = " ".join(str(error).split())
-            raise InputError(f"cannot read {path}: {why}; restore the file or train the run again") from None
+            raise InputError(f"cannot read {path}: {why}; restore the file or move its folder away") from None
 
     @property
     def id(self) -> str:
@@ -143,7 +144,11 @@ class RunRecord:
             lines = path.read_bytes().split(b"\n")[:-1]
         except FileNotFoundError:
             return []
-        return [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+        rows = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
+        for number, row in enumerate(rows, 1):
+            if not ("step" in row and "seconds" in row):
+                raise InputError(f"{path} line {number} has no step or seconds; move the record's folder away")
+        return rows
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`: a run resumed from a checkpoint writes them again."""
@@ -171,11 +176,19 @@ class RunRecord:
             outcome = Outcome(**values)
         except TypeError as error:
             raise InputError(f"cannot read {self.folder / 'outcome.json'}: {error}") from None
+        if not isinstance(outcome.results, dict):
+            raise InputError(f"cannot read {self.folder / 'outcome.json'}: results are not a JSON object")
         if outcome.state not in get_args(State):
             raise InputError(f"cannot read {self.folder / 'outcome.json'}: unknown state {outcome.state!r}")
-        if outcome.state == "running" and not self._lock.is_held_by_anyone():
-            return dataclasses.replace(outcome, state="interrupted", reason="killed")
-        return outcome
+        if outcome.state != "running":
+            return outcome
+        # How far it is stands in its last row alone.
+        rows = self.metrics()
+        if rows:
+            outcome = dataclasses.replace(outcome, step=int(rows[-1]["step"]), seconds=float(rows[-1]["seconds"]))
+        if self._lock.is_held_by_anyone():
+            return outcome
+        return dataclasses.replace(outcome, state="interrupted", reason="killed")
 
     def archive(self) -> RunRecord:
         """Move the record aside to the first free `<id>.1`, `<id>.2`, ... and return it there.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
+import shlex
 
 from rich.console import Console
 from rich.table import Table
 
+from normlab.config import run_id
 from normlab.records.environment import program
 from normlab.records.record import RunRecord
 
@@ -38,7 +40,11 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
             rows.append((split, _losses(results, split, tokens)))
     unknown = {split: data.get("splits", {}).get(split, {}).get("unknown_tokens", 0) for split in ("valid", "test")}
     if any(unknown.values()):
-        rows.append(("unknown", f"{unknown['valid']:,} tokens of valid and {unknown['test']:,} of test are <unk>"))
+        total = sum(data["splits"][split]["tokens"] for split in unknown)
+        share = sum(unknown.values()) / max(1, total)
+        caution = ": losses are too low, <unk> is cheaper than what it stands for" if share > 0.02 else ""
+        counts = f"{unknown['valid']:,} tokens of valid and {unknown['test']:,} of test are <unk> ({share:.1%})"
+        rows.append(("unknown", counts + caution))
     if "evaluation" in data and "test_loss_nats" in results:
         rows.append(("evaluated", str(data["evaluation"])))
     if "unigram_test_loss_nats" in results:
@@ -54,8 +60,9 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
         )
         rows.append(("peak memory", f"{float(results['peak_memory_mib']):,.0f} MiB"))
     rows.append(("record", str(record.folder)))
-    rows.append(("look", f"{program('python')} -m normlab show {_shown(record)}; make watch"))
-    if outcome.state in ("interrupted", "failed"):
+    watch = "; make watch" if config.output.wandb != "off" and config.output.runs_dir == "runs" else ""
+    rows.append(("look", f"{program('python')} -m normlab show {_shown(record)}{watch}"))
+    if outcome.state in ("interrupted", "failed") and record.id == run_id(config):
         rows.append(("go on", f"{program('python')} -m normlab train --resume {_shown(record)}"))
     return rows
 
@@ -77,6 +84,10 @@ def _norm(record: RunRecord) -> str:
     sites = record.environment().get("sites", {})
     pools = {pool for text in sites.values() for pool in re.findall(r"pool=(\w+)", text)}
     name = record.config.model.norm
+    others = {site: text.partition("(")[0] for site, text in sites.items()}
+    mixed = [f"{site} {other}" for site, other in others.items() if other not in (name, "none") and other]
+    if mixed:
+        name = f"{name} ({', '.join(mixed)})"
     return f"{name}, training statistics over: {', '.join(sorted(pools))}" if pools else name
 
 
@@ -102,4 +113,4 @@ def _losses(results: dict[str, float | int | str], split: str, tokens: str) -> s
 
 
 def _shown(record: RunRecord) -> str:
-    return record.id if str(record.folder.parent) == "runs" else str(record.folder)
+    return shlex.quote(record.id if str(record.folder.parent) == "runs" else str(record.folder))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
+import shlex
 import sys
 import threading
 import urllib.error
@@ -103,7 +104,11 @@ class WandbMirror:
         """One line that says where to find the run in W&B or how to upload it; empty if there is nothing."""
         if self._url and not self._incomplete:
             return f"W&B: {self._url}"
-        return f"W&B recorded on disk; upload with: {program('wandb')} sync {self._folder}" if self._folder else ""
+        return (
+            f"W&B recorded on disk; upload with: {program('wandb')} sync {shlex.quote(self._folder)}"
+            if self._folder
+            else ""
+        )
 
     def _attempt(self, send: Callable[[Any], object]) -> None:
         if self._run is None:

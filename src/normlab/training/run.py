@@ -6,12 +6,14 @@ import dataclasses
 import errno
 import logging
 import os
+import pickle
 import resource
 import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -53,7 +55,7 @@ def train(config: RunConfig) -> RunRecord:
     text = prepare(config.data)
     name = run_id(config)
     if first and name in record_ids(config.output.runs_dir):
-        existing = RunRecord.open(name, config.output.runs_dir)
+        existing = RunRecord(Path(config.output.runs_dir) / name, config)
         if config.output.fresh:
             existing.archive()
         else:
@@ -64,7 +66,13 @@ def train(config: RunConfig) -> RunRecord:
     pl.seed_everything(config.seed, verbose=False)
     if config.training.threads:
         torch.set_num_threads(config.training.threads)
-    module = TextModule(config, text)
+    try:
+        module = TextModule(config, text)
+    except (MemoryError, RuntimeError) as error:
+        message = _explain(error, None, config)
+        if message is None:
+            raise
+        raise InputError(message) from error
     datamodule = TextDataModule(config.data, config.seed, text)
     _accelerator(config.training.accelerator, config.training.devices)
     _check_batch_rows(module, datamodule.train_dataloader().batch_size * config.training.devices, config)
@@ -209,13 +217,14 @@ class _Run:
             if self.first:
                 self.record.rewind(-1)
             return None
+        mend = "delete it, or train anew with --output.fresh true"
         try:
-            step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-        except (RuntimeError, OSError, ValueError, KeyError, EOFError) as error:
-            raise InputError(
-                f"cannot read the checkpoint {path} ({_one_line(error)}); delete it, or train anew with "
-                "--output.fresh true"
-            ) from None
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"cannot read the checkpoint {path} ({type(error).__name__}); {mend}") from None
+        if not _belongs_to(stored, self.module):
+            raise InputError(f"{path} is not a checkpoint of this run to resume from; {mend}")
+        step = stored["global_step"]
         if self.first:
             self.record.rewind(step)
         self._say(f"going on from step {step} of {self.record.folder}")
@@ -291,6 +300,15 @@ def _facts(text: PreparedText, config: RunConfig) -> dict[str, Any]:
         "evaluation": evaluation_note(text, config.data.stream),
         "splits": {name: dataclasses.asdict(split.counts) for name, split in text.splits.items()},
     }
+
+
+def _belongs_to(stored: Any, module: TextModule) -> bool:
+    """Whether `stored` is a whole checkpoint (not weights alone) of a model of the same shapes."""
+    parts = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states", "pytorch-lightning_version")
+    if not (isinstance(stored, dict) and all(part in stored for part in parts)):
+        return False
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    return shapes == {name: getattr(value, "shape", None) for name, value in stored["state_dict"].items()}
 
 
 def _sites(module: TextModule) -> dict[str, str]:
@@ -382,14 +400,17 @@ def _finish_quietly(record: RunRecord, outcome: Outcome) -> None:
         record.release()  # the disk is full or gone: a reader finds "running" without a process, so "killed"
 
 
-def _explain(error: BaseException, record: RunRecord, config: RunConfig) -> str | None:
+def _explain(error: BaseException, record: RunRecord | None, config: RunConfig) -> str | None:
     """One line for what the user can mend; None for what is a bug, or already one line."""
     again = "run the same command again to go on from the last checkpoint"
     out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
     if out_of_memory:
-        return f"out of memory; lower data.batch_size (now {config.data.batch_size}) or data.length"
+        batch_size, width = config.data.batch_size, config.model.width
+        return f"out of memory; lower data.batch_size (now {batch_size}), model.width (now {width}) or data.length"
+    if record is None:
+        return None
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or (isinstance(error, RuntimeError) and "No space left" in str(error)):
         return f"the disk of {record.folder} is full; free some space, then {again}"

@@ -153,6 +153,7 @@ class ProgressBar(pl.Callback):
         self._bar: Progress | None = None
         self._line_at = time.monotonic()
         self._start_step = 0
+        self._shown_step = 0
         self._start_seconds = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -174,6 +175,9 @@ class ProgressBar(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         step = trainer.global_step
+        if step == self._shown_step:  # a micro-batch of an accumulated step
+            return
+        self._shown_step = step
         if step % LOG_EVERY and step != 1:
             if self._bar is not None:
                 self._bar.update(self._task, completed=step)
