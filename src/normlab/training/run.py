@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import os
 import pickle
-import resource
 import signal
 import warnings
 from collections.abc import Iterator
@@ -25,18 +23,26 @@ from rich.console import Console
 from normlab.config import InputError, RunConfig, run_id
 from normlab.data.corpora import require_corpus
 from normlab.data.prepared import PreparedText, prepare
-from normlab.norms.base import Norm
 from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
-from normlab.tasks.metrics import baseline, evaluation_note
+from normlab.tasks.metrics import baseline
 from normlab.training.datamodule import TextDataModule, WholeRun
+from normlab.training.facts import couples_rows, data_facts, device_names, peak_memory_mib, site_facts
+from normlab.training.faults import (
+    belongs_to,
+    explain,
+    one_line,
+    require_accelerator,
+    require_rows,
+    require_same_text,
+)
 from normlab.training.module import TextModule
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
 from normlab.training.stopwatch import Stopwatch
 from normlab.training.watching import Activations, ProgressBar, Recorder
 
-__all__ = ["train"]
+__all__ = ["is_first_process", "train"]
 
 
 def train(config: RunConfig) -> RunRecord:
@@ -59,7 +65,7 @@ def train(config: RunConfig) -> RunRecord:
         if config.output.fresh:
             existing.archive()
         else:
-            _check_same_text(existing, text)
+            require_same_text(existing, text)
             if existing.outcome().state in ("finished", "diverged"):
                 console.print("this run has ended already; --output.fresh true trains it again", highlight=False)
                 return existing
@@ -69,13 +75,13 @@ def train(config: RunConfig) -> RunRecord:
     try:
         module = TextModule(config, text)
     except (MemoryError, RuntimeError) as error:
-        message = _explain(error, None, config)
+        message = explain(error, None, config)
         if message is None:
             raise
         raise InputError(message) from error
     datamodule = TextDataModule(config.data, config.seed, text)
-    _accelerator(config.training.accelerator, config.training.devices)
-    _check_batch_rows(module, datamodule.train_dataloader().batch_size * config.training.devices, config)
+    require_accelerator(config.training.accelerator, config.training.devices)
+    require_rows(module, datamodule.train_dataloader().batch_size * config.training.devices, config)
     record = RunRecord.create(config)
     if first:
         record.start()
@@ -92,7 +98,7 @@ def train(config: RunConfig) -> RunRecord:
             _finish_quietly(record, _failed(error, run))
         if run is not None:
             run.mirror.finish(1)
-        message = _explain(error, record, config)
+        message = explain(error, record, config)
         if message is None:
             raise error from None
         raise InputError(message) from error
@@ -129,7 +135,7 @@ class _Run:
             self.record.checkpoints, training.checkpoint_every, training.valid_every, self.stopwatch
         )
         self.statistics_rows = self.datamodule.train_dataloader().batch_size * training.devices
-        accelerator, devices = _accelerator(training.accelerator, training.devices), training.devices
+        accelerator, devices = require_accelerator(training.accelerator, training.devices), training.devices
         strategy = "auto" if devices == 1 else "ddp"
         if devices > 1 and self.module.carries_state:
             strategy = "ddp_find_unused_parameters_true"  # the learned initial state, in all batches but the first
@@ -222,7 +228,7 @@ class _Run:
             stored = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise InputError(f"cannot read the checkpoint {path} ({type(error).__name__}); {mend}") from None
-        if not _belongs_to(stored, self.module):
+        if not belongs_to(stored, self.module):
             raise InputError(f"{path} is not a checkpoint of this run to resume from; {mend}")
         step = stored["global_step"]
         if self.first:
@@ -252,7 +258,7 @@ class _Run:
             **evaluated,
             **baseline(self.text),
             "tokens_per_second": self.recorder.tokens_per_second,
-            "peak_memory_mib": _peak_memory_mib(self.trainer),
+            "peak_memory_mib": peak_memory_mib(self.trainer),
             "parameters": sum(p.numel() for p in self.module.model.parameters()),
         }
 
@@ -265,11 +271,11 @@ class _Run:
         return Outcome(state, reason, self.step, self.stopwatch.seconds, results)
 
     def _write_environment(self) -> None:
-        environment = collect_environment(_devices(self.trainer))
-        environment["data"] = _facts(self.text, self.config)
-        environment["sites"] = _sites(self.module)
+        environment = collect_environment(device_names(self.trainer))
+        environment["data"] = data_facts(self.text, self.config)
+        environment["sites"] = site_facts(self.module)
         environment["threads"] = torch.get_num_threads()
-        if _couples_rows(self.module):
+        if couples_rows(self.module):
             rows, accumulate = self.statistics_rows, self.config.training.accumulate
             environment["statistics_batch_rows"] = rows
             if accumulate > 1:
@@ -282,87 +288,6 @@ class _Run:
             kept = ("machine", "versions", "git")
             environment["begun_with"] = before.get("begun_with", {name: before[name] for name in kept})
         self.record.write_environment(environment)
-
-
-def _facts(text: PreparedText, config: RunConfig) -> dict[str, Any]:
-    """What the record says about the data."""
-    return {
-        "corpus": text.name,
-        "sha256": text.sha256,
-        "source": text.source,
-        "license": text.license,
-        "note": text.note,
-        "task": text.task,
-        "classes": text.classes,
-        "tokens": text.tokenizer.kind,
-        "vocabulary": text.vocabulary,
-        "length": text.length,
-        "evaluation": evaluation_note(text, config.data.stream),
-        "splits": {name: dataclasses.asdict(split.counts) for name, split in text.splits.items()},
-    }
-
-
-def _belongs_to(stored: Any, module: TextModule) -> bool:
-    """Whether `stored` is a whole checkpoint (not weights alone) of a model of the same shapes."""
-    parts = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states", "pytorch-lightning_version")
-    if not (isinstance(stored, dict) and all(part in stored for part in parts)):
-        return False
-    shapes = {name: value.shape for name, value in module.state_dict().items()}
-    return shapes == {name: getattr(value, "shape", None) for name, value in stored["state_dict"].items()}
-
-
-def _sites(module: TextModule) -> dict[str, str]:
-    """What stands at each site, with every option as it was resolved."""
-    return {part.site: f"{part.name}({part.extra_repr()})" for part in module.modules() if isinstance(part, Norm)}
-
-
-def _couples_rows(module: TextModule) -> bool:
-    return any(isinstance(part, Norm) and not part.batch_independent for part in module.modules())
-
-
-def _accelerator(asked: str, devices: int) -> str:
-    """ "gpu" (CUDA) or "cpu"; other accelerators lack the fp64 that losses are summed in."""
-    found = torch.cuda.device_count()
-    if asked == "gpu" and found == 0:
-        raise InputError("training.accelerator is gpu but torch sees none; use cpu or auto")
-    accelerator = "gpu" if found and asked != "cpu" else "cpu"
-    if accelerator == "gpu" and devices > found:
-        raise InputError(f"training.devices is {devices} but torch sees {found} GPU(s)")
-    return accelerator
-
-
-def _check_batch_rows(module: TextModule, rows: int, config: RunConfig) -> None:
-    lonely = [part.name for part in module.modules() if isinstance(part, Norm) and not part.works_at_batch_1]
-    if lonely and rows == 1:
-        raise InputError(
-            f"{lonely[0]} takes its statistics over the rows of a batch, and a batch has one row; raise "
-            f"data.batch_size (now {config.data.batch_size}), lower data.length if the text is short, or use a norm "
-            "that works at batch 1"
-        )
-
-
-def _check_same_text(record: RunRecord, text: PreparedText) -> None:
-    before = record.environment().get("data", {}).get("sha256")
-    if before not in (None, text.sha256):
-        raise InputError(
-            f"the text of {text.name} has changed since {record.folder} was begun; put it back, or train anew with "
-            "--output.fresh true"
-        )
-
-
-def _devices(trainer: pl.Trainer) -> list[str]:
-    """Names of the accelerators in use; none on a CPU."""
-    if trainer.strategy.root_device.type != "cuda":
-        return []
-    return [torch.cuda.get_device_name(trainer.strategy.root_device)] * trainer.num_devices
-
-
-def _peak_memory_mib(trainer: pl.Trainer) -> float:
-    """Peak memory of this run on its GPU, or of this process where there is none."""
-    if trainer.strategy.root_device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if os.uname().sysname == "Darwin" else peak / 2**10
 
 
 @contextmanager
@@ -382,15 +307,11 @@ def _quiet_lightning() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def _failed(error: BaseException, run: _Run | None) -> Outcome:
     step, seconds = (0, 0.0) if run is None else (run.step, run.stopwatch.seconds)
     if isinstance(error, KeyboardInterrupt | SystemExit):
         return Outcome("interrupted", "stopped at once", step, seconds)
-    return Outcome("failed", f"{type(error).__name__}: {_one_line(error)}", step, seconds)
+    return Outcome("failed", f"{type(error).__name__}: {one_line(error)}", step, seconds)
 
 
 def _finish_quietly(record: RunRecord, outcome: Outcome) -> None:
@@ -398,22 +319,3 @@ def _finish_quietly(record: RunRecord, outcome: Outcome) -> None:
         record.finish(outcome)
     except OSError:
         record.release()  # the disk is full or gone: a reader finds "running" without a process, so "killed"
-
-
-def _explain(error: BaseException, record: RunRecord | None, config: RunConfig) -> str | None:
-    """One line for what the user can mend; None for what is a bug, or already one line."""
-    again = "run the same command again to go on from the last checkpoint"
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-    if out_of_memory:
-        batch_size, width = config.data.batch_size, config.model.width
-        return f"out of memory; lower data.batch_size (now {batch_size}), model.width (now {width}) or data.length"
-    if record is None:
-        return None
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, RuntimeError) and "No space left" in str(error)):
-        return f"the disk of {record.folder} is full; free some space, then {again}"
-    if isinstance(error, OSError):
-        return f"cannot write {record.folder}: {error.strerror or error}; mend that, then {again}"
-    return None

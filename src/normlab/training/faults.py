@@ -1,0 +1,78 @@
+"""What can go wrong with a run that its user can mend: found before it starts, or explained in one line after."""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import torch
+
+from normlab.config import InputError, RunConfig
+from normlab.data.prepared import PreparedText
+from normlab.norms.base import Norm
+from normlab.records.record import RunRecord
+from normlab.training.module import TextModule
+
+__all__ = ["belongs_to", "explain", "one_line", "require_accelerator", "require_rows", "require_same_text"]
+
+
+def require_accelerator(asked: str, devices: int) -> str:
+    """ "gpu" (CUDA) or "cpu"; other accelerators lack the fp64 that losses are summed in."""
+    found = torch.cuda.device_count()
+    if asked == "gpu" and found == 0:
+        raise InputError("training.accelerator is gpu but torch sees none; use cpu or auto")
+    accelerator = "gpu" if found and asked != "cpu" else "cpu"
+    if accelerator == "gpu" and devices > found:
+        raise InputError(f"training.devices is {devices} but torch sees {found} GPU(s)")
+    return accelerator
+
+
+def require_rows(module: TextModule, rows: int, config: RunConfig) -> None:
+    lonely = [part.name for part in module.modules() if isinstance(part, Norm) and not part.works_at_batch_1]
+    if lonely and rows == 1:
+        raise InputError(
+            f"{lonely[0]} takes its statistics over the rows of a batch, and a batch has one row; raise "
+            f"data.batch_size (now {config.data.batch_size}), lower data.length if the text is short, or use a norm "
+            "that works at batch 1"
+        )
+
+
+def require_same_text(record: RunRecord, text: PreparedText) -> None:
+    before = record.environment().get("data", {}).get("sha256")
+    if before not in (None, text.sha256):
+        raise InputError(
+            f"the text of {text.name} has changed since {record.folder} was begun; put it back, or train anew with "
+            "--output.fresh true"
+        )
+
+
+def belongs_to(stored: Any, module: TextModule) -> bool:
+    """Whether `stored` is a whole checkpoint (not weights alone) of a model of the same shapes."""
+    parts = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states", "pytorch-lightning_version")
+    if not (isinstance(stored, dict) and all(part in stored for part in parts)):
+        return False
+    shapes = {name: value.shape for name, value in module.state_dict().items()}
+    return shapes == {name: getattr(value, "shape", None) for name, value in stored["state_dict"].items()}
+
+
+def one_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def explain(error: BaseException, record: RunRecord | None, config: RunConfig) -> str | None:
+    """One line for what the user can mend; None for what is a bug, or already one line."""
+    again = "run the same command again to go on from the last checkpoint"
+    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+    if out_of_memory:
+        batch_size, width = config.data.batch_size, config.model.width
+        return f"out of memory; lower data.batch_size (now {batch_size}), model.width (now {width}) or data.length"
+    if record is None:
+        return None
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or (isinstance(error, RuntimeError) and "No space left" in str(error)):
+        return f"the disk of {record.folder} is full; free some space, then {again}"
+    if isinstance(error, OSError):
+        return f"cannot write {record.folder}: {error.strerror or error}; mend that, then {again}"
+    return None
