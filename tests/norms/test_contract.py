@@ -136,7 +136,9 @@ COUNTERPARTS: dict[tuple[str, str | None], Callable[[Tensor, Tensor, Tensor], Te
 }
 
 
-@pytest.mark.parametrize(("key", "reference"), COUNTERPARTS.items(), ids=str)
+@pytest.mark.parametrize(
+    ("key", "reference"), COUNTERPARTS.items(), ids=[f"{norm}-{pool}" for norm, pool in COUNTERPARTS]
+)
 def test_equals_torch_counterpart(key: tuple[str, str | None], reference: Callable[..., Tensor]) -> None:
     norm = build(key[0], {"pool": key[1]} if key[1] else {})
     x = sample().requires_grad_()

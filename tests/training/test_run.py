@@ -283,7 +283,7 @@ OTHER = {
     },
 }
 ELSEWHERE = {
-    (TrainingConfig, "devices"): "test_two_processes in tests/training/test_processes.py",
+    (TrainingConfig, "devices"): "test_two_processes in tests/training/test_two_processes.py",
     (TrainingConfig, "checkpoint_every"): "changes files, not numbers: test_a_checkpoint_every_so_many_steps",
     (TrainingConfig, "early_stop"): "test_early_stopping_says_so",
     (DataConfig, "corpus"): "every test with another corpus",
