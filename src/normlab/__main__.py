@@ -181,13 +181,11 @@ def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfi
             f"{record.folder} was renamed, archived or edited: its config is that of {run_id(record.config)}; "
             "give it that name to go on with it"
         )
-    state = record.outcome().state
+    if record.outcome().state == "running":
+        raise InputError(f"run {record.id} is still running; wait for it to end")
     given = {a[len("--output.") :].partition("=")[0] for a in arguments if a.startswith("--output.")}
     output = replace(record.config.output, **{name: getattr(options.output, name) for name in given})
-    config = replace(record.config, output=replace(output, runs_dir=str(record.folder.parent)))
-    if state == "running":
-        raise InputError(f"run {record.id} is still running; wait for it to end")
-    return config
+    return replace(record.config, output=replace(output, runs_dir=str(record.folder.parent)))
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

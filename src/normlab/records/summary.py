@@ -10,7 +10,7 @@ import shlex
 from rich.console import Console
 from rich.table import Table
 
-from normlab.config import run_id
+from normlab.config import RunConfig, run_id
 from normlab.records.environment import program
 from normlab.records.record import RunRecord
 
@@ -28,8 +28,8 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     rows = [
         ("run", record.id),
         ("outcome", outcome.state + (f": {outcome.reason}" if outcome.reason else "")),
-        ("norm", _norm(record)),
-        ("model", _model(record)),
+        ("norm", _norm(config.model.norm, environment.get("sites", {}))),
+        ("model", _model(config, results)),
         ("corpus", f"{config.data.corpus}, {tokens} tokens"),
         ("steps", f"{outcome.step} of {config.training.steps} in {outcome.seconds:.0f} s of training"),
     ]
@@ -79,11 +79,9 @@ def show(record: RunRecord, console: Console | None = None) -> None:
     console.print(table, highlight=False, markup=False)
 
 
-def _norm(record: RunRecord) -> str:
+def _norm(name: str, sites: dict[str, str]) -> str:
     """The norm, with the entries that share a training statistic where that is a choice."""
-    sites = record.environment().get("sites", {})
     pools = {pool for text in sites.values() for pool in re.findall(r"pool=(\w+)", text)}
-    name = record.config.model.norm
     others = {site: text.partition("(")[0] for site, text in sites.items()}
     mixed = [f"{site} {other}" for site, other in others.items() if other not in (name, "none") and other]
     if mixed:
@@ -91,10 +89,10 @@ def _norm(record: RunRecord) -> str:
     return f"{name}, training statistics over: {', '.join(sorted(pools))}" if pools else name
 
 
-def _model(record: RunRecord) -> str:
-    model = record.config.model
+def _model(config: RunConfig, results: dict[str, float | int | str]) -> str:
+    model = config.model
     shape = f"{model.name}, {model.layers} x {model.width}"
-    parameters = record.outcome().results.get("parameters")
+    parameters = results.get("parameters")
     return shape if parameters is None else f"{shape}, {int(parameters):,} parameters"
 
 

@@ -40,21 +40,21 @@ class TextDataModule(pl.LightningDataModule):
         return self._text
 
     def train_dataloader(self) -> Loader:
-        return self._loader(self.text, "train", train=True)
+        return self._loader("train", train=True)
 
     def val_dataloader(self) -> Loader:
-        return self._loader(self.text, "valid", train=False)
+        return self._loader("valid", train=False)
 
     def test_dataloader(self) -> Loader:
-        return self._loader(self.text, "test", train=False)
+        return self._loader("test", train=False)
 
     def train_part_dataloader(self) -> TrainPart:
         """A part of the training split about as large as the validation split, in evaluation order."""
-        whole = self._loader(self.text, "train", train=False)
+        whole = self._loader("train", train=False)
         return TrainPart(whole, len(self.val_dataloader()), spread=self.data.stream == "windows")
 
-    def _loader(self, text: PreparedText, split: str, *, train: bool) -> Loader:
-        data = self.data
+    def _loader(self, split: str, *, train: bool) -> Loader:
+        text, data = self.text, self.data
         if not train and data.stream == "windows":
             # No row sees another in evaluation, so larger batches change nothing but the time; a stateful stream
             # keeps its rows, whose number decides how often the state restarts.

@@ -80,14 +80,16 @@ def train(config: RunConfig) -> RunRecord:
             raise
         raise InputError(message) from error
     datamodule = TextDataModule(config.data, config.seed, text)
-    require_accelerator(config.training.accelerator, config.training.devices)
-    require_rows(module, datamodule.train_dataloader().batch_size * config.training.devices, config)
+    accelerator = require_accelerator(config.training.accelerator, config.training.devices)
+    # Accumulation does not add to the rows that share a statistic, processes do.
+    statistics_rows = datamodule.train_dataloader().batch_size * config.training.devices
+    require_rows(module, statistics_rows, config)
     record = RunRecord.create(config)
     if first:
         record.start()
     run = None
     try:
-        run = _Run(config, text, datamodule, module, record, console, first)
+        run = _Run(config, text, datamodule, module, record, console, first, accelerator, statistics_rows)
         outcome = run.train()
         if first:
             record.finish(outcome)
@@ -125,6 +127,8 @@ class _Run:
     record: RunRecord
     console: Console
     first: bool
+    accelerator: str
+    statistics_rows: int
 
     def __post_init__(self) -> None:
         training = self.config.training
@@ -134,8 +138,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             self.record.checkpoints, training.checkpoint_every, training.valid_every, self.stopwatch
         )
-        self.statistics_rows = self.datamodule.train_dataloader().batch_size * training.devices
-        accelerator, devices = require_accelerator(training.accelerator, training.devices), training.devices
+        devices = training.devices
         strategy = "auto" if devices == 1 else "ddp"
         if devices > 1 and self.module.carries_state:
             strategy = "ddp_find_unused_parameters_true"  # the learned initial state, in all batches but the first
@@ -143,7 +146,7 @@ class _Run:
             self.trainer = pl.Trainer(
                 max_steps=training.steps,
                 max_epochs=-1,
-                accelerator=accelerator,
+                accelerator=self.accelerator,
                 devices=devices,
                 strategy=strategy,
                 precision="bf16-mixed" if training.precision == "bf16" else "32-true",
@@ -159,7 +162,7 @@ class _Run:
                 default_root_dir=self.record.folder,
             )
         self.datamodule.trainer = self.trainer
-        if accelerator == "gpu":
+        if self.accelerator == "gpu":
             torch.cuda.reset_peak_memory_stats()
         output = self.config.output if self.first else dataclasses.replace(self.config.output, wandb="off")
         self.mirror = WandbMirror.start(dataclasses.replace(self.config, output=output), self.record.folder, self._say)

@@ -110,7 +110,7 @@ class DivergenceGuard(pl.Callback):
             self._worst = None
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and "valid_loss_nats" in trainer.callback_metrics:
+        if trainer.state.fn == "fit":
             loss = float(trainer.callback_metrics["valid_loss_nats"])
             # Only a loss that is no number ends a run here: a large finite one in evaluation mode, where stored
             # statistics may be off, is a measurement.
@@ -173,7 +173,7 @@ class Checkpoints(Checkpoint):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit":
             return
         loss_nats = float(trainer.callback_metrics["valid_loss_nats"])
         if loss_nats < self.best_loss_nats:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from normlab.data.batches import Batch
 from normlab.probes.activations import SiteActivations
 from normlab.records.record import RunRecord
+from normlab.records.wandb_mirror import WandbMirror
 from normlab.training.module import TextModule
 from normlab.training.stopwatch import Stopwatch
 
@@ -25,12 +26,6 @@ LINE_SECONDS = 15.0
 """Without a terminal (a log file, a pipe) a plain line replaces the bar this often."""
 
 
-class Mirror(Protocol):
-    """Something that receives every row of the record, such as `WandbMirror`."""
-
-    def log(self, metrics: dict[str, float], step: int, seconds: float) -> None: ...
-
-
 class Recorder(pl.Callback):
     """Writes rows of metrics to the record and its mirror, by step and by seconds of training.
 
@@ -40,7 +35,7 @@ class Recorder(pl.Callback):
         stopwatch: seconds of training; its total survives a resume in the checkpoint.
     """
 
-    def __init__(self, record: RunRecord | None, mirror: Mirror, stopwatch: Stopwatch) -> None:
+    def __init__(self, record: RunRecord | None, mirror: WandbMirror, stopwatch: Stopwatch) -> None:
         self.record = record
         self.mirror = mirror
         self.stopwatch = stopwatch
