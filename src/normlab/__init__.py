@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from normlab.models.lstm import LSTM as LSTM
     from normlab.norms import build_norm as build_norm
     from normlab.norms.base import Norm as Norm
+    from normlab.norms.recompute import recompute_statistics as recompute_statistics
     from normlab.records.record import RunRecord as RunRecord
     from normlab.training.datamodule import TextDataModule as TextDataModule
     from normlab.training.module import TextModule as TextModule
@@ -28,6 +29,7 @@ _HOMES = {
     "TextDataModule": "normlab.training.datamodule",
     "TextModule": "normlab.training.module",
     "build_norm": "normlab.norms",
+    "recompute_statistics": "normlab.norms.recompute",
     "train": "normlab.training.run",
 }
 

@@ -15,7 +15,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +59,7 @@ def require_choice(what: str, value: str, choices: Iterable[str]) -> None:
 def available_norms() -> tuple[str, ...]:
     """Names of all norms: one file each in `normlab/norms/`; torch is not imported to list them."""
     folder = Path(__file__).parent / "norms"
-    infrastructure = {"__init__", "base", "moments"}
+    infrastructure = {"__init__", "base", "batch_statistics", "moments", "recompute"}
     return tuple(sorted(path.stem for path in folder.glob("*.py") if path.stem not in infrastructure))
 
 
@@ -138,6 +138,12 @@ class TransformerSites:
     key: SiteConfig = field(default_factory=_bare)
 
 
+def _later(default: Any) -> Any:
+    """A field that came after runs were recorded: it is left out of the run's id while it holds its default, which does
+    what was done before it came, so that old ids stay."""
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class NormOptions:
     """Options of the norm; null leaves the norm's own default. A norm refuses an option it does not have.
@@ -147,28 +153,62 @@ class NormOptions:
         eps: added to the variance, inside the root.
         momentum: weight of the newest batch in the stored statistics.
         groups: number of groups of features (gn).
-        pool: which entries share a training statistic: batch, batch_time, prefix (bn), time, prefix (inorm).
-        max_steps: number of distinct time steps with statistics of their own (bn_step); later ones share the last.
-            Null takes the training length.
+        pool: which entries share a training statistic: batch, batch_time, prefix (batch norms), time, prefix (inorm),
+            token, time, prefix (gn). batch_time and time see later text.
+        max_steps: number of distinct time steps with statistics of their own (bn_step). Null takes the training length.
         unbiased: store the Bessel-corrected variance, as torch.nn.BatchNorm1d does.
+        beyond: statistics of time steps from `max_steps` on (bn_step): pooled in one set of their own, or last.
+        ghost_rows: rows per training statistic (batch norms): a statistics batch smaller than the batch.
+        memory_batches: a training statistic also covers the last so many batches (batch norms): one larger than it.
+        r_max: clip of the scale correction (brn).
+        d_max: clip of the shift correction (brn).
+        warmup: updates of the stored statistics as a plain batch norm (brn, pn).
+        ramp: updates after those, over which the clips open (brn).
+        penalty_mean: weight of the squared distance of the batch's means to the stored ones, in the loss (rbn).
+        penalty_var: weight of the distance of the variances (rbn).
+        group_scaling: groups of features whose root mean square each token is divided by first (pn, pnv).
+        window: number of neighbouring features (lrn).
+        alpha: initial slope (dyt, derf); strength (lrn).
+        beta: exponent (lrn).
+        k: added constant (lrn).
     """
 
     affine: bool | None = None
     eps: float | None = None
     momentum: float | None = None
     groups: int | None = None
-    pool: Literal["batch", "batch_time", "prefix", "time"] | None = None
+    pool: Literal["batch", "batch_time", "prefix", "time", "token"] | None = None
     max_steps: int | None = None
     unbiased: bool | None = None
+    beyond: Literal["pooled", "last"] | None = _later(None)
+    ghost_rows: int | None = _later(None)
+    memory_batches: int | None = _later(None)
+    r_max: float | None = _later(None)
+    d_max: float | None = _later(None)
+    warmup: int | None = _later(None)
+    ramp: int | None = _later(None)
+    penalty_mean: float | None = _later(None)
+    penalty_var: float | None = _later(None)
+    group_scaling: int | None = _later(None)
+    window: int | None = _later(None)
+    alpha: float | None = _later(None)
+    beta: float | None = _later(None)
+    k: float | None = _later(None)
 
     def __post_init__(self) -> None:
-        _require(self.eps is None or self.eps > 0, f"model.norm_options.eps is {self.eps}; it must be > 0")
-        _require(
-            self.momentum is None or 0 < self.momentum <= 1,
-            f"model.norm_options.momentum is {self.momentum}; it must be in (0, 1]",
-        )
-        _require(self.groups is None or self.groups >= 1, "model.norm_options.groups must be at least 1")
-        _require(self.max_steps is None or self.max_steps >= 1, "model.norm_options.max_steps must be at least 1")
+        def require(name: str, holds: Callable[[Any], bool], what: str) -> None:
+            value = getattr(self, name)
+            _require(value is None or holds(value), f"model.norm_options.{name} is {value}; it must be {what}")
+
+        require("eps", lambda value: value > 0, "> 0")
+        require("momentum", lambda value: 0 < value <= 1, "in (0, 1]")
+        for name in ("groups", "max_steps", "group_scaling", "window"):
+            require(name, lambda value: value >= 1, "at least 1")
+        require("ghost_rows", lambda value: value >= 2, "at least 2: one row has no variance")
+        for name in ("memory_batches", "warmup", "ramp", "d_max", "penalty_mean", "penalty_var", "alpha", "beta"):
+            require(name, lambda value: value >= 0, ">= 0")
+        require("r_max", lambda value: value >= 1, "at least 1")
+        require("k", lambda value: value > 0, "> 0")
 
 
 @dataclass(frozen=True)
@@ -441,11 +481,21 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 
 def run_id(config: RunConfig) -> str:
     """A readable name and 8 hex digits of the SHA-256 of everything that decides the numbers."""
-    deciding = config_to_dict(config)
+    deciding = _deciding(config)
     del deciding["output"]
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
     corpus = re.sub(r"[^a-z0-9]+", "_", Path(config.data.corpus).stem.lower()).strip("_") or "text"
     return f"{config.model.name}-{config.model.norm}-{corpus[:24]}-s{config.seed}-{digest}"
+
+
+def _deciding(part: Any) -> dict[str, Any]:
+    """`part` as nested plain values, without later fields that hold their default."""
+    values: dict[str, Any] = {}
+    for f in dataclasses.fields(part):
+        value = getattr(part, f.name)
+        if not (f.metadata.get("later") and value == f.default):
+            values[f.name] = _deciding(value) if dataclasses.is_dataclass(value) else value
+    return values
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:

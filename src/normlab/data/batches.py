@@ -41,6 +41,10 @@ class Batch(NamedTuple):
     labels_B: Tensor | None = None
     fresh_B: Tensor | None = None
 
+    def model_inputs(self) -> tuple[Tensor, Tensor | None]:
+        """What a model is called with."""
+        return self.tokens_BT, self.mask_BT
+
 
 class Loader(ABC):
     """A pass over one split.

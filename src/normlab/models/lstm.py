@@ -230,7 +230,7 @@ class LSTM(nn.LSTM):
     ) -> tuple[Tensor, LSTMState]:
         own_length, rows = x_TBF.shape[:2]
         consumed = own_length if lengths is None else lengths
-        if self.training and self.mixes_rows and several_processes():
+        if self._synchronizes() and several_processes():
             x_TBF, lengths = _to_longest(x_TBF, lengths)
         mask_BT = None
         if lengths is not None:
@@ -269,6 +269,10 @@ class LSTM(nn.LSTM):
         kept = tuple(carries) if any(prefix for sites in carries for prefix in sites) else None
         state = LSTMState(torch.stack(last_h), torch.stack(last_c), first_step + consumed, kept)
         return x_TBF[:own_length], state
+
+    def _synchronizes(self) -> bool:
+        """Whether any of its norms, which need not be in the mode of the LSTM, takes statistics over rows now."""
+        return self.mixes_rows and any(isinstance(part, Norm) and part.training for part in self.modules())
 
     def _first_step(self, hx: tuple[Tensor, Tensor] | None, rows: int, device: torch.device) -> Tensor:
         return hx.step if isinstance(hx, LSTMState) else torch.zeros(rows, dtype=torch.long, device=device)

@@ -58,14 +58,16 @@ class NormFactory:
         options: dict[str, Any] = {key: value for key, value in self.options.items() if key in takes}
         if "max_steps" in takes:
             options.setdefault("max_steps", self.max_steps)
-        if stepwise and cls.recurrent_pool is not None:
-            options["pool"] = cls.recurrent_pool
-        gain = self._site(site).gain
-        if gain is not None and self.options.get("affine") is False:
-            raise InputError(f"model.sites.{site}.gain is set, but model.norm_options.affine=false leaves no gain")
-        if gain is None:
-            gain = cls.recurrent_gain if recurrent else 1.0
+        if stepwise and "pool" in takes:
+            options["pool"] = cls.stepwise_pool(options.get("pool"))
+        asked = self._site(site).gain
+        gain = (cls.recurrent_gain if recurrent else 1.0) if asked is None else asked
         norm = build_norm(name, dim, causal=self.causal, bias=bias, gain=gain, **options)
+        if asked is not None and norm.weight is None:
+            raise InputError(
+                f"model.sites.{site}.gain is set, but {name} has no gain there (model.norm_options.affine="
+                f"{str(options.get('affine')).lower()}); set it to null"
+            )
         norm.site = site
         return norm
 

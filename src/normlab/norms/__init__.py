@@ -56,5 +56,13 @@ def build_norm(name: str, dim: int, *, causal: bool = True, **options: Any) -> N
 
 
 def _keywords(cls: type[Norm]) -> set[str]:
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    return {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    """Keyword-only parameters of the constructor; where it passes others on, those of the class above too."""
+    found: set[str] = set()
+    for owner in cls.__mro__:
+        if "__init__" not in vars(owner):
+            continue
+        parameters = inspect.signature(owner.__init__).parameters.values()
+        found |= {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            break
+    return found - cls.fixed_options

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,20 @@ Step = int | Tensor
 """Time step of a tensor's first column: one for all rows, or a LongTensor B with one per row."""
 
 
+class Shares(NamedTuple):
+    """Which entries of B x T x F share the training statistic of an entry (b, t, f).
+
+    Attributes:
+        batch: all rows, and not row b alone.
+        time: time step t alone ("step"), all up to t ("prefix"), or all of them ("sequence").
+        features: feature f alone ("one"), those near f ("window"), those of its group ("group"), or all of them.
+    """
+
+    batch: bool = False
+    time: Literal["step", "prefix", "sequence"] = "step"
+    features: Literal["one", "window", "group", "all"] = "one"
+
+
 class Norm(nn.Module, ABC):
     """A normalization of B x T x F tensors over some set of entries.
 
@@ -27,40 +41,44 @@ class Norm(nn.Module, ABC):
 
     Attributes:
         formula: what it computes, for tables.
+        paper: where it was published.
+        shares: the entries that share a training statistic. From it follow `batch_independent` and `causal`.
         scale_invariant: norm(a x) = norm(x) for a > 0 in training, up to eps.
         shift_invariant: norm(x + a) = norm(x) in training, a the same for all features and entries.
-        batch_independent: in training no row sees another.
-        causal: in training no column sees a later one (in evaluation none ever does unless `causal` is False).
+        exact_gradient: backward is the derivative of forward in training.
         needs_statistics: keeps stored values for evaluation.
         works_at_batch_1: can train on a batch of one row.
         identity: does nothing; stands at bare sites.
         per_step: stores values per time step, hence needs to know the time step.
         recurrent_gain: published initial gain in a recurrent cell.
-        recurrent_pool: the pool it takes when called one time step at a time; None = no choice.
+        fixed_options: arguments of a class above that are no choice here.
         site: name of the site it stands at.
 
     Args:
         dim: number of features F.
         affine: learn a gain (`weight`) and, with `bias`, a `bias`.
         gain: initial value of `weight`.
-        eps: added to the variance, inside the root.
+        eps: added to the variance, inside the root; 0 where nothing is divided by one.
     """
 
     formula: ClassVar[str]
+    paper: ClassVar[str]
+    shares: Shares = Shares()
     scale_invariant: ClassVar[bool]
     shift_invariant: ClassVar[bool]
-    batch_independent: ClassVar[bool]
-    causal: bool = True
+    exact_gradient: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = False
     works_at_batch_1: bool = True
     identity: ClassVar[bool] = False
     per_step: ClassVar[bool] = False
     recurrent_gain: ClassVar[float] = 1.0
-    recurrent_pool: ClassVar[str | None] = None
+    fixed_options: ClassVar[frozenset[str]] = frozenset()
     site: str = ""
 
     weight: Tensor | None
     bias: Tensor | None
+    penalties: list[Tensor] | None = None
+    """Where a norm in training puts the penalty of each training statistic; None = nobody asks."""
 
     def __init__(
         self, dim: int, *, affine: bool = True, bias: bool = True, gain: float = 1.0, eps: float = 1e-5
@@ -69,6 +87,35 @@ class Norm(nn.Module, ABC):
         self.dim, self.gain, self.eps = dim, gain, eps
         self.weight = nn.Parameter(torch.full((dim,), float(gain))) if affine else None
         self.bias = nn.Parameter(torch.zeros(dim)) if affine and bias else None
+
+    @property
+    def batch_independent(self) -> bool:
+        """In training no row sees another."""
+        return not self.shares.batch
+
+    @property
+    def causal(self) -> bool:
+        """In training no column sees a later one."""
+        return self.shares.time != "sequence"
+
+    @property
+    def causal_in_evaluation(self) -> bool:
+        """In evaluation no column sees a later one: so it is wherever stored values stand in."""
+        return self.causal or self.needs_statistics
+
+    @property
+    def leaks(self) -> str:
+        """What of the future a norm that is not causal shows to each output; empty if it is causal."""
+        if self.causal:
+            return ""
+        whose = "every row of the batch" if self.shares.batch else "its row"
+        when = "in training" if self.causal_in_evaluation else "in training and in evaluation"
+        return f"{when} each output depends on later time steps of {whose}"
+
+    @classmethod
+    def stepwise_pool(cls, pool: str | None) -> str | None:
+        """The pool to use where the norm is called one time step at a time and `pool` was asked for."""
+        return pool
 
     @abstractmethod
     def normalize(
@@ -107,13 +154,16 @@ class Norm(nn.Module, ABC):
         # Statistics per feature are small: fold the gain into them rather than multiply the whole tensor twice.
         if self.weight is not None and scale.shape[-1] == self.dim:
             y = y * (scale * self.weight)
-        else:
-            y = y * scale
-            if self.weight is not None:
-                y = y * self.weight
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
+        return self.gain_and_bias(y * scale, x.dtype)
+
+    def gain_and_bias(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """y * weight + bias, in `dtype`."""
+        if self.weight is not None:
+            y = y * self.weight
         if self.bias is not None:
             y = y + self.bias
-        return y.to(x.dtype)
+        return y.to(dtype)
 
     def require_rows(self, x_BTF: Tensor, rows: int) -> None:
         """Raise `InputError` if a training batch has fewer than 2 `rows` to take a variance over, in all processes."""
@@ -129,7 +179,8 @@ class Norm(nn.Module, ABC):
         return type(self).__module__.rpartition(".")[2]
 
     def extra_repr(self) -> str:
-        parts = [str(self.dim), f"eps={self.eps:g}"]
+        parts = [str(self.dim)]
+        parts += [f"eps={self.eps:g}"] if self.eps else []
         parts += [f"gain={self.gain:g}"] if self.weight is not None else ["affine=False"]
         parts += ["bias=False"] if self.weight is not None and self.bias is None else []
         parts += [f"site={self.site}"] if self.site else []
@@ -144,3 +195,28 @@ class Norm(nn.Module, ABC):
             if buffer is not None and old is not None and buffer.is_floating_point() and buffer.itemsize < 4:
                 self._buffers[key] = old.to(buffer.device)
         return self
+
+
+class GatheredPenalties:
+    """While open, every norm of `model` in training gives the penalty it wants added to the loss, with gradient.
+
+    This is the route by which a norm reaches the loss: the task opens it around a forward pass and adds `total()`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._norms = [module for module in model.modules() if isinstance(module, Norm)]
+        self._terms: list[list[Tensor]] = [[] for _ in self._norms]
+
+    def __enter__(self) -> GatheredPenalties:
+        for norm, terms in zip(self._norms, self._terms, strict=True):
+            norm.penalties = terms
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for norm in self._norms:
+            norm.penalties = None
+
+    def total(self) -> Tensor | None:
+        """The sum over norms of the mean over each one's training statistics; None if no norm wants anything."""
+        means = [torch.cat(terms).mean() for terms in self._terms if terms]
+        return torch.stack(means).sum() if means else None

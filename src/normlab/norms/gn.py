@@ -1,30 +1,33 @@
-"""Group normalization (Wu & He 2018, arXiv 1803.08494), per entry: groups of features share statistics."""
+"""Group normalization (Wu & He 2018, arXiv 1803.08494): groups of features share statistics."""
 
 from __future__ import annotations
 
 from typing import final
 
+import torch
 from torch import Tensor
 
-from normlab.config import InputError
-from normlab.norms.base import Norm, Step
-from normlab.norms.moments import Prefix, moments, zero_padding
+from normlab.config import InputError, require_choice
+from normlab.norms.base import Norm, Shares, Step
+from normlab.norms.moments import Prefix, moments, prefix_moments, zero_padding
 
 
 @final
 class GroupNorm(Norm):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias over each group of features of each entry.
-
-    Equals torch.nn.GroupNorm applied to every token by itself. One group is layer normalization.
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over each group of features of each example.
 
     Args:
-        groups: number of groups; must divide `dim` and leave at least 2 features to each.
+        groups: number of groups; must divide `dim` and leave at least 2 features to each. One group is layer
+            normalization if pool="token".
+        pool: time steps that share a statistic: "token" (this one; torch.nn.GroupNorm applied to every token by
+            itself), "prefix" (up to this one), "time" (all of them: sees the future; torch.nn.GroupNorm over
+            B x F x T, as published for images).
     """
 
     formula = "(x - mean_group) / sqrt(var_group + eps) * weight + bias"
+    paper = "Wu & He 2018, arXiv 1803.08494"
     scale_invariant = True
     shift_invariant = True
-    batch_independent = True
 
     def __init__(
         self,
@@ -35,6 +38,7 @@ class GroupNorm(Norm):
         gain: float = 1.0,
         eps: float = 1e-5,
         groups: int = 8,
+        pool: str | None = None,
     ) -> None:
         super().__init__(dim, affine=affine, bias=bias, gain=gain, eps=eps)
         if dim % groups:
@@ -42,21 +46,39 @@ class GroupNorm(Norm):
                 f"gn cannot cut {dim} features into {groups} equal groups; "
                 f"set model.norm_options.groups to a divisor of {dim}"
             )
-        if groups == dim:
+        self.groups, self.pool = groups, pool or "token"
+        require_choice("gn pool", self.pool, ("token", "prefix", "time"))
+        if groups == dim and self.pool == "token":
             raise InputError(
                 f"gn with {groups} groups of one feature makes every entry 0; set model.norm_options.groups below {dim}"
             )
-        self.groups = groups
+        time = {"token": "step", "prefix": "prefix", "time": "sequence"}
+        self.shares = Shares(time=time[self.pool], features="group")  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def stepwise_pool(cls, pool: str | None) -> str | None:
+        return "prefix" if pool == "time" else pool
 
     def normalize(
         self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0, carry: Prefix | None = None
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor, None, Prefix | None]:
         x = zero_padding(x_BTF, mask_BT)
-        grouped = x.unflatten(-1, (self.groups, -1))
-        mean, var, _ = moments(grouped, None, (-1,))
+        token = moments(x.unflatten(-1, (self.groups, -1)), None, (-1,))
+        if self.pool == "token":
+            mean, var = token.mean.squeeze(-1), token.var.squeeze(-1)
+        else:
+            # Tokens are equally large parts of their group, so the variance of all is that of the tokens' means plus
+            # the mean of their variances: means and variances are pooled over time as if they were 2 x groups features.
+            both = torch.cat([token.mean.squeeze(-1), token.var.squeeze(-1)], -1)
+            if self.pool == "time":
+                over_time = moments(both, mask_BT, (1,))
+            else:
+                over_time, carry = prefix_moments(both, mask_BT, False, carry)
+            mean, inner = over_time.mean.chunk(2, -1)
+            var = inner + over_time.var[..., : self.groups]
         width = self.dim // self.groups
-        spread = [value.expand(*grouped.shape[:-1], width).flatten(-2) for value in (mean, var)]
-        return self.standardize(x, spread[0], spread[1]), None, None
+        mean, var = (value.repeat_interleave(width, -1) for value in (mean, var))
+        return self.standardize(x, mean, var), None, carry
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, groups={self.groups}"
+        return f"{super().extra_repr()}, groups={self.groups}, pool={self.pool}"

@@ -7,7 +7,7 @@ from typing import final
 from torch import Tensor
 
 from normlab.config import require_choice
-from normlab.norms.base import Norm, Step
+from normlab.norms.base import Norm, Shares, Step
 from normlab.norms.moments import Prefix, moments, prefix_moments, zero_padding
 
 
@@ -22,10 +22,9 @@ class InstanceNorm(Norm):
     """
 
     formula = "(x - mean_T) / sqrt(var_T + eps) * weight + bias"
+    paper = "Ulyanov et al. 2016, arXiv 1607.08022"
     scale_invariant = True
     shift_invariant = True
-    batch_independent = True
-    recurrent_pool = "prefix"
 
     def __init__(
         self,
@@ -41,7 +40,11 @@ class InstanceNorm(Norm):
         super().__init__(dim, affine=affine, bias=bias, gain=gain, eps=eps)
         self.pool = pool or ("prefix" if causal else "time")
         require_choice("inorm pool", self.pool, ("prefix", "time"))
-        self.causal = self.pool == "prefix"
+        self.shares = Shares(time="prefix" if self.pool == "prefix" else "sequence")
+
+    @classmethod
+    def stepwise_pool(cls, pool: str | None) -> str | None:
+        return "prefix"
 
     def normalize(
         self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0, carry: Prefix | None = None

@@ -6,18 +6,22 @@ from typing import final
 
 from torch import Tensor
 
-from normlab.norms.base import Norm, Step
+from normlab.norms.base import Norm, Shares, Step
 from normlab.norms.moments import Prefix, moments, zero_padding
 
 
 @final
 class LayerNorm(Norm):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias over the features of each entry; equals torch.nn.LayerNorm."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias over the features of each entry; equals torch.nn.LayerNorm.
+
+    With affine=False it is LN-simple (Xu et al. 2019, arXiv 1911.07013).
+    """
 
     formula = "(x - mean_F) / sqrt(var_F + eps) * weight + bias"
+    paper = "Ba, Kiros & Hinton 2016, arXiv 1607.06450"
     scale_invariant = True
     shift_invariant = True
-    batch_independent = True
+    shares = Shares(features="all")
 
     def normalize(
         self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0, carry: Prefix | None = None

@@ -51,7 +51,10 @@ def several_processes() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _sum_over_processes(x: Tensor) -> Tensor:
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, with gradient; `x` itself where there is one."""
+    if not several_processes():
+        return x
     total = _SumOverProcesses.apply(x)
     assert isinstance(total, Tensor)
     return total
@@ -99,45 +102,52 @@ def moments(
     count = keep.to(x.dtype).sum(dims, keepdim=True)
     total = x.sum(dims, keepdim=True)
     if synchronize:
-        count, total = _sum_over_processes(count), _sum_over_processes(total)
+        count, total = sum_over_processes(count), sum_over_processes(total)
     divisor = count.clamp(min=1)
     mean = total / divisor if center else torch.zeros_like(total)
     square = torch.where(keep, x - mean, 0).square().sum(dims, keepdim=True)
     if synchronize:
-        square = _sum_over_processes(square)
+        square = sum_over_processes(square)
     return Moments(mean, square / divisor, count)
 
 
 def grouped_moments(
-    x_BTF: Tensor, mask_BT: Tensor | None, group_B: Tensor, groups: int, *, synchronize: bool = False
+    x_BTF: Tensor,
+    mask_BT: Tensor | None,
+    group_B: Tensor,
+    groups: int,
+    *,
+    center: bool = True,
+    synchronize: bool = False,
 ) -> Moments:
     """Moments over the rows of each group, per column: mean and var N x T x F, count N x T x 1.
 
     Args:
         group_B: the group of each row, in [0, groups).
         groups: number of groups, the same in every process if `synchronize`.
+        center: as in `moments`.
     """
     x = zero_padding(for_statistics(x_BTF), mask_BT)
     keep_BT1 = torch.ones_like(x[..., :1]) if mask_BT is None else mask_BT.unsqueeze(-1).to(x.dtype)
 
     def total(values: Tensor) -> Tensor:
         summed = values.new_zeros((groups, *values.shape[1:])).index_add(0, group_B, values)
-        return _sum_over_processes(summed) if synchronize and several_processes() else summed
+        return sum_over_processes(summed) if synchronize else summed
 
     count = total(keep_BT1)
     divisor = count.clamp(min=1)
-    mean = total(x) / divisor
-    square = total((x - mean[group_B]).square() * keep_BT1)
-    return Moments(mean, square / divisor, count)
+    mean = total(x) / divisor if center else torch.zeros_like(x[:1])
+    deviation = x - (mean[group_B] if center else 0)
+    return Moments(mean.expand(groups, -1, -1), total(deviation.square() * keep_BT1) / divisor, count)
 
 
-def pooled(parts: Moments) -> Moments:
-    """One set of moments from `parts` N x F, counts N, by the law of total variance: mean and var F, count scalar."""
-    weight = parts.count.unsqueeze(-1)
-    count = weight.sum().clamp(min=1)
-    mean = (weight * parts.mean).sum(0) / count
-    var = (weight * (parts.var + (parts.mean - mean).square())).sum(0) / count
-    return Moments(mean, var, parts.count.sum())
+def pooled(parts: Moments, dim: int) -> Moments:
+    """One set of moments from the `parts` along `dim` (kept with size 1), by the law of total variance."""
+    count = parts.count.sum(dim, keepdim=True)
+    divisor = count.clamp(min=1)
+    mean = (parts.count * parts.mean).sum(dim, keepdim=True) / divisor
+    var = (parts.count * (parts.var + (parts.mean - mean).square())).sum(dim, keepdim=True) / divisor
+    return Moments(mean, var, count)
 
 
 def _next_moments(x_B1F: Tensor, keep_B11: Tensor, carry: Prefix) -> Moments:
@@ -172,12 +182,13 @@ def _cumulative_moments(x: Tensor, keep_BT1: Tensor, carry: Prefix | None) -> Mo
 
 
 def prefix_moments(
-    x_BTF: Tensor, mask_BT: Tensor | None, over_batch: bool, carry: Prefix | None
+    x_BTF: Tensor, mask_BT: Tensor | None, over_batch: bool, carry: Prefix | None, *, center: bool = True
 ) -> tuple[Moments, Prefix]:
     """Moments of everything up to and including each column: causal, cumulative over time.
 
     Args:
-        over_batch: pool the rows too (mean 1 x T x F), else one set per row (mean B x T x F).
+        over_batch: pool the rows of all processes too (mean 1 x T x F), else one set per row (mean B x T x F).
+        center: as in `moments`; False needs `over_batch`, whose pooling adds the rows' own means back.
         carry: what came before `x_BTF`; None for nothing.
 
     Returns:
@@ -193,11 +204,14 @@ def prefix_moments(
     after = Prefix(count[:, -1:], mean[:, -1:], (var * count)[:, -1:])
     if not over_batch:
         return per_row, after
-    total = count.sum(0, keepdim=True)
-    divisor = total.clamp(min=1)
-    joint = (count * mean).sum(0, keepdim=True) / divisor
-    var = (count * (var + (mean - joint).square())).sum(0, keepdim=True) / divisor
-    return Moments(joint, var, total), after
+
+    def total(values: Tensor) -> Tensor:
+        return sum_over_processes(values.sum(0, keepdim=True))
+
+    rows = total(count)
+    divisor = rows.clamp(min=1)
+    joint = total(count * mean) / divisor if center else torch.zeros_like(mean[:1])
+    return Moments(joint, total(count * (var + (mean - joint).square())) / divisor, rows), after
 
 
 def distinct_steps(step_B: Tensor) -> Tensor:

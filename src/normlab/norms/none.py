@@ -15,9 +15,9 @@ class NoNorm(Norm):
     """y = x itself: no parameters, no stored values, no statistics. The options of other norms do not apply."""
 
     formula = "x"
+    paper = ""
     scale_invariant = False
     shift_invariant = False
-    batch_independent = True
     identity = True
 
     def __init__(self, dim: int, *, bias: bool = True, gain: float = 1.0) -> None:

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from normlab.norms.base import Norm, Step
+from normlab.norms.base import Norm, Shares, Step
 from normlab.norms.moments import Prefix, moments, zero_padding
 
 
@@ -19,9 +19,10 @@ class RMSNorm(Norm):
     """
 
     formula = "x / sqrt(mean_F(x^2) + eps) * weight"
+    paper = "Zhang & Sennrich 2019, arXiv 1910.07467"
     scale_invariant = True
     shift_invariant = False
-    batch_independent = True
+    shares = Shares(features="all")
 
     def __init__(
         self, dim: int, *, affine: bool = True, bias: bool = True, gain: float = 1.0, eps: float = 1e-5

@@ -1,0 +1,92 @@
+"""PowerNorm (Shen et al. 2020, arXiv 2003.07845): running quadratic mean in the forward pass, approximate backward."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from normlab.norms.base import Shares, Step
+from normlab.norms.batch_statistics import BatchStatisticsNorm, require_groups, scale_groups
+from normlab.norms.moments import Moments, for_statistics, sum_over_processes
+
+
+class _PowerFunction(torch.autograd.Function):
+    """x * scale; backward as algorithm 2 of the paper, which also moves the running product `nu`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, keep: Tensor, nu: Tensor, momentum: float) -> Tensor:
+        y = x * scale
+        ctx.save_for_backward(y, scale, keep)
+        ctx.nu, ctx.momentum = nu, momentum
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        y, scale, keep = ctx.saved_tensors
+        nu = ctx.nu
+        grad = torch.where(keep > 0, grads[0], 0)
+        grad_x = (grad - nu * y) * scale * keep
+        totals = torch.stack([(grad * y).sum((0, 1)), (keep * y.square()).sum((0, 1)), keep.sum().expand(y.shape[-1])])
+        product, square, count = sum_over_processes(totals)
+        rate = ctx.momentum / count.clamp(min=1)
+        nu.mul_(1 - rate * square).add_(rate * product)
+        return grad_x, None, None, None, None
+
+
+@final
+class PowerNorm(BatchStatisticsNorm):
+    """y = x / psi * weight + bias, psi^2 = the running mean square + eps, in training too.
+
+    Backward, with hat = x / psi and g = dL/dhat: dL/dx = (g - nu * hat) / psi, then
+    nu <- nu * (1 - momentum * mean(hat^2)) + momentum * mean(g * hat), means over all valid entries. This is not the
+    derivative of the forward pass. For the first `warmup` updates psi is that of the batch (as `pnv`; backward as
+    always). The authors' code divides by the batch's psi in backward; the paper, and this class, by the one of the
+    forward pass. Second derivatives are not to be had.
+
+    Args:
+        warmup: updates with the batch's own mean square (theirs: 4,000 or more; the default is for runs of hundreds
+            of steps).
+        group_scaling: as in `pnv`.
+        shared: arguments of `BatchStatisticsNorm`; ghost_rows and memory_batches concern the warm-up alone.
+    """
+
+    formula = "x / sqrt(running mean(x^2) + eps) * weight + bias"
+    paper = "Shen et al. 2020, arXiv 2003.07845"
+    scale_invariant = False
+    shift_invariant = False
+    exact_gradient = False
+    centered = False
+    fixed_options = frozenset({"unbiased"})  # a mean square has no Bessel correction
+
+    nu: Tensor
+    updates: Tensor
+
+    def __init__(self, dim: int, *, warmup: int = 100, group_scaling: int | None = None, **shared: Any) -> None:
+        super().__init__(dim, **shared)
+        self.warmup, self.group_scaling = warmup, require_groups(self.name, dim, group_scaling)
+        if warmup == 0:
+            self.shares = Shares()
+        if group_scaling is not None:
+            self.shares = self.shares._replace(features="group")
+        self.register_buffer("nu", torch.zeros(dim))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x if self.group_scaling is None else scale_groups(x, self.group_scaling, self.eps)
+
+    def transform(self, x: Tensor, mask_BT: Tensor | None, batch: Moments) -> Tensor:
+        x_hat = for_statistics(x)
+        square = torch.where(self.updates < self.warmup, batch.var.detach(), self.running_var)
+        keep = torch.ones_like(x_hat[..., :1]) if mask_BT is None else mask_BT.unsqueeze(-1).to(x_hat.dtype)
+        x_hat = _PowerFunction.apply(x_hat, torch.rsqrt(square + self.eps), keep, self.nu, self.momentum)
+        return self.gain_and_bias(x_hat, x.dtype)  # pyright: ignore[reportArgumentType]
+
+    def update(self, statistics: Moments, step: Step) -> None:
+        super().update(statistics, step)
+        self.updates.add_(1)
+
+    def extra_repr(self) -> str:
+        scaling = "" if self.group_scaling is None else f", group_scaling={self.group_scaling}"
+        return f"{super().extra_repr()}, warmup={self.warmup}{scaling}"
