@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from normlab.config import InputError, LSTMSites, NormOptions, SiteConfig, available_norms
 from normlab.models.lstm import LSTM, LSTMState
+from normlab.norms import build_norm
 from normlab.norms.base import Norm
 
 IN, H, B, T = 5, 16, 4, 6
@@ -200,9 +201,34 @@ def test_restart_puts_rows_back_to_the_start(norm: str) -> None:
 def test_causal_by_autograd(norm: str, training: bool) -> None:
     lstm = normed(norm, num_layers=2).train(training)
     x = sample(B, T, IN).requires_grad_()
-    (grad,) = torch.autograd.grad((lstm(x)[0][:, :3] * sample(B, 3, H)).sum(), x)
+    (grad,) = torch.autograd.grad((copy.deepcopy(lstm)(x)[0][:, :3] * sample(B, 3, H)).sum(), x)
     assert grad[:, :3].abs().max() > 0
     assert grad[:, 3:].abs().max() == 0
+    other = torch.cat([x[:, :3], sample(B, T - 3, IN) + 1], 1)
+    torch.testing.assert_close(
+        copy.deepcopy(lstm)(other)[0][:, :3], copy.deepcopy(lstm)(x)[0][:, :3], rtol=0, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("norm", available_norms())
+def test_truncated_backpropagation_counts_on_per_row(norm: str) -> None:
+    """Chunks with a detached state, rows that restart on their own: training never mixes rows of unlike time steps."""
+    lstm, twin = normed(norm).train(), normed(norm).train()
+    zeros = torch.zeros(1, B, H, dtype=torch.float64)
+    start = LSTMState(zeros, zeros, torch.zeros(B, dtype=torch.long))
+    x = sample(B, 12, IN)
+    _, state = lstm(x[:, :4])
+    state = state.detach().restart(torch.tensor([True, True, False, False]), start)
+    assert state.step.tolist() == [0, 0, 4, 4]
+    out, after = lstm(x[:, 4:8], state)
+    assert after.step.tolist() == [4, 4, 8, 8]
+    if not lstm.counts_steps:
+        return
+    _, before = twin(x[:, :4])
+    before = before.detach()
+    fresh = twin(x[:2, 4:8])[0]
+    older = LSTMState(before[0][:, 2:], before[1][:, 2:], before.step[2:])
+    torch.testing.assert_close(out, torch.cat([fresh, twin(x[2:, 4:8], older)[0]]))
 
 
 def test_classifiers_pool_the_input_projection_over_time_and_say_so() -> None:
@@ -223,10 +249,11 @@ def test_sites_can_be_bare_gained_and_mixed(norm: str) -> None:
         found = [m for m in lstm.modules() if isinstance(m, Norm)]
         assert [module.name for module in found] == [norm if site is own else "none" for site in chosen]
         assert [module.site for module in found] == ["input_to_hidden", "hidden_to_hidden", "cell"]
-    lstm = LSTM(IN, H, norm="ln", sites=LSTMSites(cell=SiteConfig(norm=norm, gain=0.7)))
+    gained = build_norm(norm, H).weight is not None
+    lstm = LSTM(IN, H, norm="ln", sites=LSTMSites(cell=SiteConfig(norm=norm, gain=0.7 if gained else None)))
     (cell,) = [m for m in lstm.modules() if isinstance(m, Norm) and m.site == "cell"]
     assert cell.name == norm
-    assert cell.weight is None or (cell.weight == 0.7).all()
+    assert not gained or cell.gain == 0.7
     assert lstm(torch.randn(T, B, IN))[0].isfinite().all()
 
 

@@ -5,6 +5,7 @@ Shapes: B batch, T time, F features, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -28,40 +29,76 @@ from normlab.models.transformer import TransformerModel
 from normlab.norms import build_norm
 
 
+class Embedded(nn.Module):
+    """The model as a function of its embeddings B x T x F; each call on a copy, since training changes stored values."""
+
+    def __init__(self, model: TransformerModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x_BTF: Tensor) -> Tensor:
+        model = copy.deepcopy(self.model)
+        model.token_embedding.register_forward_hook(lambda *_: x_BTF)
+        return model(torch.zeros(x_BTF.shape[:2], dtype=torch.long)).logits
+
+
 def leak(model: TransformerModel, batch: Tensor) -> tuple[float, float]:
     """Largest gradient of logits <= t with respect to embeddings (> t, <= t), over all t."""
-    seen: list[Tensor] = []
-
-    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        seen.append(output.detach().requires_grad_())
-        return seen[-1]
-
-    handle = model.token_embedding.register_forward_hook(keep)
-    logits_BTV = model(batch).logits
-    handle.remove()
-    weights_BTV = torch.randn_like(logits_BTV)
+    x_BTF = model.token_embedding(batch).detach().requires_grad_()
     future, past = 0.0, 0.0
     for t in range(batch.shape[1] - 1):
-        (gradient_BTF,) = torch.autograd.grad((logits_BTV * weights_BTV)[:, : t + 1].sum(), seen, retain_graph=True)
+        logits_BTV = Embedded(model)(x_BTF)
+        (gradient_BTF,) = torch.autograd.grad((logits_BTV * torch.randn_like(logits_BTV))[:, : t + 1].sum(), x_BTF)
         future = max(future, gradient_BTF[:, t + 1 :].abs().max().item())
         past = max(past, gradient_BTF[:, : t + 1].abs().max().item())
     return future, past
 
 
+def moved(model: TransformerModel, batch: Tensor) -> float:
+    """Largest change of logits <= t when the embeddings > t are others, over all t."""
+    x_BTF = model.token_embedding(batch).detach()
+    before, change = Embedded(model)(x_BTF), 0.0
+    for t in range(batch.shape[1] - 1):
+        other = torch.cat([x_BTF[:, : t + 1], torch.randn_like(x_BTF[:, t + 1 :])], 1)
+        change = max(change, (Embedded(model)(other) - before)[:, : t + 1].abs().max().item())
+    return change
+
+
+def pools() -> list[tuple[str, str | None]]:
+    """Every norm with its default, and the causal pools of those that have a choice."""
+    chosen = [(norm, pool) for norm in available_norms() for pool in ("batch", "prefix", "token")]
+    return [(norm, None) for norm in available_norms()] + [(norm, pool) for norm, pool in chosen if takes(norm, pool)]
+
+
+def takes(norm: str, pool: str) -> bool:
+    try:
+        return build_norm(norm, 8, pool=pool, **({"groups": 2} if norm == "gn" else {})).causal
+    except InputError:
+        return False
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("norm", available_norms())
-def test_decoder_is_causal(norm: str, training: bool) -> None:
-    model = build(config(norm=norm, sites=EVERYWHERE))
+@pytest.mark.parametrize(("norm", "pool"), pools())
+def test_decoder_is_causal(norm: str, pool: Any, training: bool) -> None:
+    model = build(config(norm=norm, sites=EVERYWHERE, norm_options=NormOptions(pool=pool)))
     randomize(model)
     model(tokens(4, 7))
     future, past = leak(model.train(training), tokens(4, 7))
     assert future == 0
     assert past > 0
+    assert moved(model, tokens(4, 7)) < 1e-12
 
 
-def test_the_causality_test_can_fail() -> None:
-    model = build(config(norm="bn", norm_options=NormOptions(pool="batch_time")))
+@pytest.mark.parametrize(
+    ("norm", "pool"), [("bn", "batch_time"), ("pnv", "batch_time"), ("inorm", "time"), ("gn", "time")]
+)
+def test_the_causality_tests_can_fail(norm: str, pool: Any) -> None:
+    model = build(config(norm=norm, norm_options=NormOptions(pool=pool)))
+    assert all(module.leaks for module in norms_of(model) if not module.identity)
     assert leak(model, tokens(4, 7))[0] > 0
+    assert moved(model, tokens(4, 7)) > 1e-6
+    evaluated = leak(model.eval(), tokens(4, 7))[0] > 0
+    assert evaluated == any(not module.causal_in_evaluation for module in norms_of(model))
 
 
 @pytest.mark.parametrize("classes", [None, 3])
@@ -148,6 +185,6 @@ def test_a_step_norm_keeps_statistics_for_every_training_position() -> None:
     model = build(config(norm="bn_step"), length=12)
     for _ in range(3):
         model(tokens(4, 12))
-    changed = [buffer for module in norms_of(model) for buffer in module.buffers() if buffer.shape == (12, 32)]
+    changed = [buffer for module in norms_of(model) for buffer in module.buffers() if buffer.shape == (13, 32)]
     assert len(changed) >= 2 * 5
-    assert all(len({tuple(row.tolist()) for row in buffer}) == 12 for buffer in changed)
+    assert all(len({tuple(row.tolist()) for row in buffer[:12]}) == 12 for buffer in changed)

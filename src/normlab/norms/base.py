@@ -42,7 +42,8 @@ class Norm(nn.Module, ABC):
     Attributes:
         formula: what it computes, for tables.
         paper: where it was published.
-        shares: the entries that share a training statistic. From it follow `batch_independent` and `causal`.
+        shares: the entries that can share a training statistic (fewer in ghost batches). From it follow
+            `batch_independent` and `causal`.
         scale_invariant: norm(a x) = norm(x) for a > 0 in training, up to eps.
         shift_invariant: norm(x + a) = norm(x) in training, a the same for all features and entries.
         exact_gradient: backward is the derivative of forward in training.
@@ -64,8 +65,8 @@ class Norm(nn.Module, ABC):
     formula: ClassVar[str]
     paper: ClassVar[str]
     shares: Shares = Shares()
-    scale_invariant: ClassVar[bool]
-    shift_invariant: ClassVar[bool]
+    scale_invariant: bool
+    shift_invariant: bool
     exact_gradient: ClassVar[bool] = True
     needs_statistics: ClassVar[bool] = False
     works_at_batch_1: bool = True

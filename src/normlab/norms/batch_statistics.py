@@ -24,6 +24,27 @@ from normlab.norms.moments import (
     zero_padding,
 )
 
+
+@torch.library.custom_op("normlab::snapshot", mutates_args=())
+def _snapshot(stored: Tensor) -> Tensor:
+    return stored.clone()
+
+
+@_snapshot.register_fake
+def _(stored: Tensor) -> Tensor:
+    return torch.empty_like(stored)
+
+
+def as_it_stands(stored: Tensor) -> Tensor:
+    """A stored value for use in a training step that goes on to change it.
+
+    Under torch.compile the backward graph may compute a value again from the buffer it came from, by then updated
+    (torch 2.11 to 2.13: wrong gradients without a word, even through `clone`). The result of an operator that the
+    compiler can not look into is kept instead.
+    """
+    return _snapshot(stored) if torch.compiler.is_compiling() else stored
+
+
 _POOLS = {"batch": Shares(True, "step"), "batch_time": Shares(True, "sequence"), "prefix": Shares(True, "prefix")}
 
 
@@ -92,6 +113,8 @@ class BatchStatisticsNorm(Norm, ABC):
                 f"{self.name} cannot join batches with pool={self.pool}; use pool=batch_time, or bn_step, "
                 "which numbers its time steps"
             )
+        if memory_batches:  # the remembered batches do not scale and shift along
+            self.scale_invariant = self.shift_invariant = False
         self._register_stored(1)
 
     def _register_stored(self, sets: int) -> None:
@@ -168,13 +191,22 @@ class BatchStatisticsNorm(Norm, ABC):
     def joined(self, batch: Moments, step: Step) -> Moments:
         """`batch` (N x T x F) pooled with the remembered batches, which have no gradient."""
         slot_NT = self.slot(step, batch.mean.shape[1])
+        remembered = (self.recent_mean, self.recent_var, self.recent_count.unsqueeze(-1))
         parts = [
-            torch.cat([own.expand(*batch.mean.shape[:2], -1).unsqueeze(0), recent[:, slot_NT]])
-            for own, recent in zip(
-                batch, (self.recent_mean, self.recent_var, self.recent_count.unsqueeze(-1)), strict=True
-            )
+            torch.cat([own.expand(*batch.mean.shape[:2], -1).unsqueeze(0), as_it_stands(recent)[:, slot_NT]])
+            for own, recent in zip(batch, remembered, strict=True)
         ]
         return Moments(*(value.squeeze(0) for value in pooled(Moments(*parts), 0)))
+
+    @property
+    def stored_mean(self) -> Tensor | None:
+        """`running_mean` as it stands."""
+        return None if self.running_mean is None else as_it_stands(self.running_mean)
+
+    @property
+    def stored_var(self) -> Tensor:
+        """`running_var` as it stands."""
+        return as_it_stands(self.running_var)
 
     # Stored sets. A norm with one set per time step overrides `slot`, `stored` and `update`.
 
@@ -184,7 +216,7 @@ class BatchStatisticsNorm(Norm, ABC):
 
     def stored(self, step: Step, columns: int) -> tuple[Tensor | None, Tensor]:
         """Stored mean (None if the norm does not centre) and var; they broadcast to B x T x F."""
-        return self.running_mean, self.running_var
+        return self.stored_mean, self.stored_var
 
     def by_slot(self, statistics: Moments, step: Step, least: int) -> Moments:
         """One sequence's `statistics` pooled per stored set: S x F, count S x 1; fewer than `least` entries count 0."""
@@ -212,7 +244,7 @@ class BatchStatisticsNorm(Norm, ABC):
         """Move the stored values towards one sequence's statistics."""
         new = self.by_slot(statistics, step, 1)
         # A batch with a single valid entry in all has no variance to store.
-        self.move(self.unbias(new), self.momentum * (new.count > 1))
+        self.move(self.unbias(new), self.momentum * (new.count > 1).to(new.var.dtype))
 
     def unbias(self, moments: Moments) -> Moments:
         """With the variance as it is stored."""

@@ -85,11 +85,12 @@ class StepBatchNorm(BatchStatisticsNorm):
         return time.clamp(max=self.max_steps - (self.beyond == "last"))
 
     def stored(self, step: Step, columns: int) -> tuple[Tensor | None, Tensor]:
-        assert self.running_mean is not None
+        mean, var = self.stored_mean, self.stored_var
+        assert mean is not None
         index = torch.arange(self.sets, device=self.seen.device)
         nearest = torch.where(self.seen, index, 0).cummax(0).values
         slot = nearest[self.slot(step, columns)]
-        return self.running_mean[slot], self.running_var[slot]
+        return mean[slot], var[slot]
 
     def by_slot(self, statistics: Moments, step: Step, least: int) -> Moments:
         """As `BatchStatisticsNorm`: T x F with an int `step`; T x N x F with N distinct steps among the rows."""

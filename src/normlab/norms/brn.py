@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from normlab.norms.batch_statistics import BatchStatisticsNorm
+from normlab.norms.batch_statistics import BatchStatisticsNorm, as_it_stands
 from normlab.norms.moments import Moments, for_statistics
 
 
@@ -44,14 +44,15 @@ class BatchRenorm(BatchStatisticsNorm):
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def transform(self, x: Tensor, mask_BT: Tensor | None, batch: Moments) -> Tensor:
-        assert self.running_mean is not None
-        opened = ((self.updates - self.warmup) / max(1, self.ramp)).clamp(0, 1)
+        running_mean, running_var = self.stored_mean, self.stored_var
+        assert running_mean is not None
+        opened = ((as_it_stands(self.updates) - self.warmup).to(batch.var.dtype) / max(1, self.ramp)).clamp(0, 1)
         r_max, d_max = 1 + (self.r_max - 1) * opened, self.d_max * opened
         sigma = (batch.var + self.eps).sqrt()
         with torch.no_grad():
-            running_sigma = (self.running_var + self.eps).sqrt()
+            running_sigma = (running_var + self.eps).sqrt()
             r = torch.clamp(sigma / running_sigma, 1 / r_max, r_max)
-            d = torch.clamp((batch.mean - self.running_mean) / running_sigma, -d_max, d_max)
+            d = torch.clamp((batch.mean - running_mean) / running_sigma, -d_max, d_max)
         return self.gain_and_bias((for_statistics(x) - batch.mean) / sigma * r + d, x.dtype)
 
     def update(self, statistics: Moments, step: int | Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from normlab.norms.base import Shares, Step
-from normlab.norms.batch_statistics import BatchStatisticsNorm, require_groups, scale_groups
+from normlab.norms.batch_statistics import BatchStatisticsNorm, as_it_stands, require_groups, scale_groups
 from normlab.norms.moments import Moments, for_statistics, sum_over_processes
 
 
@@ -43,7 +43,7 @@ class PowerNorm(BatchStatisticsNorm):
     nu <- nu * (1 - momentum * mean(hat^2)) + momentum * mean(g * hat), means over all valid entries. This is not the
     derivative of the forward pass. For the first `warmup` updates psi is that of the batch (as `pnv`; backward as
     always). The authors' code divides by the batch's psi in backward; the paper, and this class, by the one of the
-    forward pass. Second derivatives are not to be had.
+    forward pass. Second derivatives are not to be had. `shares` is that of the warm-up; later no row sees another.
 
     Args:
         warmup: updates with the batch's own mean square (theirs: 4,000 or more; the default is for runs of hundreds
@@ -70,6 +70,7 @@ class PowerNorm(BatchStatisticsNorm):
             self.shares = Shares()
         if group_scaling is not None:
             self.shares = self.shares._replace(features="group")
+            self.scale_invariant = True
         self.register_buffer("nu", torch.zeros(dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
@@ -78,7 +79,7 @@ class PowerNorm(BatchStatisticsNorm):
 
     def transform(self, x: Tensor, mask_BT: Tensor | None, batch: Moments) -> Tensor:
         x_hat = for_statistics(x)
-        square = torch.where(self.updates < self.warmup, batch.var.detach(), self.running_var)
+        square = torch.where(as_it_stands(self.updates) < self.warmup, batch.var.detach(), self.stored_var)
         keep = torch.ones_like(x_hat[..., :1]) if mask_BT is None else mask_BT.unsqueeze(-1).to(x_hat.dtype)
         x_hat = _PowerFunction.apply(x_hat, torch.rsqrt(square + self.eps), keep, self.nu, self.momentum)
         return self.gain_and_bias(x_hat, x.dtype)  # pyright: ignore[reportArgumentType]

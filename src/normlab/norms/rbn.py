@@ -36,7 +36,7 @@ class RegularizedBatchNorm(BatchStatisticsNorm):
 
     def transform(self, x: Tensor, mask_BT: Tensor | None, batch: Moments) -> Tensor:
         if self.penalties is not None:
-            mean, var = self.running_mean, self.running_var
+            mean, var = self.stored_mean, self.stored_var
             assert mean is not None
             distance = self.penalty_mean * (mean - batch.mean).square() + self.penalty_var * (var - batch.var).abs()
             self.penalties.append(distance.sum(-1).flatten())
