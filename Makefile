@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format watch lock clean
+.PHONY: help setup train test check format watch norms lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -19,7 +19,7 @@ help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "  variables of make train:"
-	@echo "    NORM    none ln rms bn bn_step gn inorm ... (a file in src/normlab/norms)"
+	@echo "    NORM    none ln rms scale gn inorm lrn dyt derf bn bn_step brn rbn pn pnv (docs/norms.md)"
 	@echo "    MODEL   lstm transformer"
 	@echo "    DATA    pydocs ptb_char sst2 ... or a path: a .txt file, a folder of them, a .csv / .tsv / .jsonl"
 	@echo "    SEED    of weights, batch order and dropout"
@@ -57,6 +57,9 @@ format: $(READY) ## format and fix what can be fixed
 watch: $(READY) ## open the terminal viewer on local runs
 	@test -d runs/wandb || { echo "there is no run in runs/wandb to watch yet: make train"; exit 2; }
 	@$(VENV)/bin/wandb leet runs/wandb
+
+norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
+	@$(PY) scripts/norms_table.py
 
 lock: $(READY) ## write constraints.txt anew from what .venv holds
 	@$(PY) -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > constraints.txt

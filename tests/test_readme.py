@@ -56,10 +56,15 @@ def test_make_alone_prints_help():
         assert word in printed
 
 
+def test_make_help_lists_the_norms():
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if '"    NORM ' in line)
+    assert sorted(line.split("NORM")[1].split("(")[0].split()) == sorted(available_norms())
+
+
 def test_norms_and_corpora_of_the_readme_are_those_that_exist():
     listed = re.search(r"`--norm` \| `([^`]+)`", README)
     assert listed is not None
-    assert set(listed[1].split()) == set(available_norms())
+    assert sorted(listed[1].split()) == sorted(available_norms())
     section = README.split("| name | task | tokens |")[1].split("\n\n")[0]
     assert set(re.findall(r"`([^`]+)`", section)) == set(corpus_names())
 
