@@ -141,8 +141,8 @@ PROPERTIES = """## Properties
 KEPT = """## Parameters, stored values, options, paper
 
 Parameters and stored values (buffers) are given with their shapes; one without a shape is a single number. *Gain* is
-the published initial gain in a recurrent cell. Options are flags, `--model.norm_options.<name>`; {common} are of the
-site.
+the initial gain in a recurrent cell (0.1 is published for `bn_step`; other batch norms follow it). Options are flags,
+`--model.norm_options.<name>`; {common} are of the site.
 """
 
 

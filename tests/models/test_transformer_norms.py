@@ -30,7 +30,7 @@ from normlab.norms import build_norm
 
 
 class Embedded(nn.Module):
-    """The model as a function of its embeddings B x T x F; each call on a copy, since training changes stored values."""
+    """The model as a function of its embeddings B x T x F; each call on a copy: training changes stored values."""
 
     def __init__(self, model: TransformerModel) -> None:
         super().__init__()

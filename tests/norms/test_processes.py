@@ -3,46 +3,72 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
+from variants import label, variants
 
 import normlab.models.lstm
-from normlab.config import available_norms
-from normlab.norms import build_norm, norm_class
+from normlab.config import NormOptions
+from normlab.norms import build_norm
+from normlab.norms.base import GatheredPenalties
 
-F = 3
-LENGTHS = torch.tensor([5, 4, 2, 3, 3])
+F = 4
+LENGTHS = torch.tensor([5, 4, 2, 3, 3, 5])
 MASK = torch.arange(5) < LENGTHS.unsqueeze(1)
-PARTS = (slice(0, 2), slice(2, 5))  # unequal rows; the second part's longest row is shorter
+PARTS = (slice(0, 2), slice(2, 6))  # unequal rows; the first part's shortest row is longer than the second's
 
 
-def batch_norms() -> list[str]:
-    return [name for name in available_norms() if not norm_class(name).batch_independent]
+def batch_norms() -> list[tuple[str, dict[str, Any]]]:
+    """Norms that see other rows, with every option of theirs that says which."""
+    return [
+        (name, options)
+        for name, options in variants(F)
+        if not build_norm(name, F, **options).batch_independent or "warmup" in options
+    ]
 
 
 def results(rows: slice) -> dict[str, list[Tensor]]:
-    """Outputs and input gradients of these rows, and stored values after, for each batch norm and an LSTM with it."""
+    """Two training steps on these rows: outputs, gradients of inputs, penalties, and stored values after."""
     found: dict[str, list[Tensor]] = {}
-    for name in batch_norms():
-        x, target = torch.randn(2, 5, 5, F, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        norm = build_norm(name, F).double()
-        own = x[rows].clone().requires_grad_()
-        y = norm(own, MASK[rows]) * MASK[rows].unsqueeze(-1)
-        (grad,) = torch.autograd.grad((y * target[rows]).sum(), own)
-        found[name] = [y.detach(), grad, *norm.buffers()]
+    for name, options in batch_norms():
+        x, target = torch.randn(2, 6, 5, F, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        norm = build_norm(name, F, **options).double()
+        for _ in range(2):
+            own = x[rows].clone().requires_grad_()
+            with GatheredPenalties(norm) as gathered:
+                y = norm(own, MASK[rows]) * MASK[rows].unsqueeze(-1)
+            # Processes add their losses; each has the whole penalty.
+            penalty = gathered.total()
+            share = len(own) / len(x)
+            loss = (y * target[rows]).sum() + (0 if penalty is None else penalty * share)
+            (grad,) = torch.autograd.grad(loss, own)
+        found[name + label(options)] = [y.detach(), grad, *norm.buffers()]
 
+        if "memory_batches" in options and name != "bn_step":
+            continue  # inside a recurrence statistics are per time step, and these norms remember none of those
         torch.manual_seed(0)
-        lstm = normlab.models.lstm.LSTM(F, F, norm=name, batch_first=True, dtype=torch.float64)
+        fields = {key: value for key, value in options.items() if key != "pool"}
+        lstm = normlab.models.lstm.LSTM(
+            F, F, norm=name, norm_options=NormOptions(**fields), batch_first=True, dtype=torch.float64
+        )
         lengths = LENGTHS[rows]
         longest = int(lengths.max())
         own = x[rows, :longest].clone().requires_grad_()
         out, _ = lstm(own, lengths=lengths)
         assert isinstance(out, Tensor)
         (grad,) = torch.autograd.grad((out * target[rows, :longest]).sum(), own)
-        found["lstm " + name] = [out.detach(), grad, *lstm.buffers()]
+        found["lstm " + name + label(options)] = [out.detach(), grad, *lstm.buffers()]
+
+        if name == "bn_step":  # rows at time steps of their own
+            norm = build_norm(name, F, **options).double()
+            own = x[rows].clone().requires_grad_()
+            y = norm(own, None, torch.tensor([0, 3, 3, 0, 3, 0])[rows])
+            (grad,) = torch.autograd.grad((y * target[rows]).sum(), own)
+            found["steps " + label(options)] = [y.detach(), grad, *norm.buffers()]
     return found
 
 

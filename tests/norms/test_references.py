@@ -170,7 +170,7 @@ def renormalized(norm: Any, rows: Rows, b: int, t: int) -> Tensor:
 
 
 def power(norm: Any, rows: Rows, b: int, t: int) -> Tensor:
-    x, mean, square = batch_norm(norm, rows, b, t, center=False)
+    x, _, square = batch_norm(norm, rows, b, t, center=False)
     psi = ((square.detach() if norm.updates < norm.warmup else norm.running_var) + norm.eps).sqrt()
     hat, nu = x / psi, norm.nu.clone()
     hat.register_hook(lambda grad: grad - nu * hat.detach())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import typing
 from typing import Any
 
@@ -30,7 +31,7 @@ OTHERS: list[dict[str, Any]] = [
 ]
 
 
-def variants() -> list[tuple[str, dict[str, Any]]]:
+def variants(dim: int = F) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
     for name in available_norms():
         takes = norm_options(name)
@@ -39,7 +40,7 @@ def variants() -> list[tuple[str, dict[str, Any]]]:
             if (name, options) in found:
                 continue
             try:
-                build_norm(name, F, **options)
+                build_norm(name, dim, **options)
             except InputError:
                 continue
             found.append((name, options))
@@ -70,3 +71,14 @@ def build(name: str, options: dict[str, Any], **more: Any) -> Norm:
 
 def sample(seed: int = 1, *shape: int) -> Tensor:
     return torch.randn(*(shape or (B, T, F)), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def refuses(norm: Norm, x: Tensor, *more: Any) -> bool:
+    """Whether a copy of `norm` refuses the batch `x` for want of rows."""
+    try:
+        copy.deepcopy(norm)(x, *more)
+    except InputError as error:
+        if "at least 2 rows" not in str(error):
+            raise
+        return True
+    return False

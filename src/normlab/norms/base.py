@@ -51,7 +51,7 @@ class Norm(nn.Module, ABC):
         works_at_batch_1: can train on a batch of one row.
         identity: does nothing; stands at bare sites.
         per_step: stores values per time step, hence needs to know the time step.
-        recurrent_gain: published initial gain in a recurrent cell.
+        recurrent_gain: initial gain in a recurrent cell (0.1 is published for bn_step; other batch norms follow it).
         fixed_options: arguments of a class above that are no choice here.
         site: name of the site it stands at.
 

@@ -254,12 +254,12 @@ class BatchStatisticsNorm(Norm, ABC):
         return moments._replace(var=moments.var * count / (count - 1).clamp(min=1))
 
     def move(self, target: Moments, rate_S1: Tensor) -> None:
-        """stored += rate * (target - stored)."""
+        """stored += rate * (target - stored), except where the target is not finite: that would stay for ever."""
         for stored, value in ((self.running_mean, target.mean), (self.running_var, target.var)):
             if stored is not None:
                 # Not (value - stored) * rate alone: at rate 1 that would round.
                 moved = torch.where(rate_S1 == 1, value, stored + (value - stored) * rate_S1)
-                stored.copy_(moved.view_as(stored))
+                stored.copy_(torch.where(value.isfinite(), moved, stored).view_as(stored))
 
     def begin_collecting(self) -> None:
         """From now on `store` collects, and leaves the stored values alone."""

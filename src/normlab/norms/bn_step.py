@@ -10,7 +10,7 @@ from torch import Tensor
 from normlab.config import require_choice
 from normlab.norms.base import Step
 from normlab.norms.batch_statistics import BatchStatisticsNorm
-from normlab.norms.moments import Moments, Prefix, distinct_steps, grouped_moments
+from normlab.norms.moments import Moments, Prefix, distinct_steps, finite_square, grouped_moments
 
 
 @final
@@ -113,7 +113,7 @@ class StepBatchNorm(BatchStatisticsNorm):
         joint_count = total(weight)
         divisor = joint_count.clamp(min=1)
         joint = total(weight * mean) / divisor
-        return Moments(joint, total(weight * (var + (mean - joint[slot]).square())) / divisor, joint_count)
+        return Moments(joint, total(weight * (var + finite_square(mean - joint[slot]))) / divisor, joint_count)
 
     def update(self, statistics: Moments, step: Step) -> None:
         # A single row has no variance, so it counts for nothing.

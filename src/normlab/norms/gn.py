@@ -69,7 +69,9 @@ class GroupNorm(Norm):
         else:
             # Tokens are equally large parts of their group, so the variance of all is that of the tokens' means plus
             # the mean of their variances: means and variances are pooled over time as if they were 2 x groups features.
-            both = torch.cat([token.mean.squeeze(-1), token.var.squeeze(-1)], -1)
+            # Bounded far beyond any real variance, so that sums over time stay finite.
+            inner = token.var.squeeze(-1).clamp(max=1e-6 * torch.finfo(token.var.dtype).max)
+            both = torch.cat([token.mean.squeeze(-1), inner], -1)
             if self.pool == "time":
                 over_time = moments(both, mask_BT, (1,))
             else:

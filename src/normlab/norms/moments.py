@@ -137,8 +137,13 @@ def grouped_moments(
     count = total(keep_BT1)
     divisor = count.clamp(min=1)
     mean = total(x) / divisor if center else torch.zeros_like(x[:1])
-    deviation = x - (mean[group_B] if center else 0)
-    return Moments(mean.expand(groups, -1, -1), total(deviation.square() * keep_BT1) / divisor, count)
+    deviation = torch.where(keep_BT1 > 0, x - mean[group_B], 0) if center else x
+    return Moments(mean.expand(groups, -1, -1), total(deviation.square()) / divisor, count)
+
+
+def finite_square(x: Tensor) -> Tensor:
+    """x^2, the largest finite number where that is beyond it: so that a weight of 0 times it is 0, and not NaN."""
+    return x.square().clamp(max=torch.finfo(x.dtype).max)
 
 
 def pooled(parts: Moments, dim: int) -> Moments:
@@ -146,7 +151,7 @@ def pooled(parts: Moments, dim: int) -> Moments:
     count = parts.count.sum(dim, keepdim=True)
     divisor = count.clamp(min=1)
     mean = (parts.count * parts.mean).sum(dim, keepdim=True) / divisor
-    var = (parts.count * (parts.var + (parts.mean - mean).square())).sum(dim, keepdim=True) / divisor
+    var = (parts.count * (parts.var + finite_square(parts.mean - mean))).sum(dim, keepdim=True) / divisor
     return Moments(mean, var, count)
 
 
@@ -178,7 +183,9 @@ def _cumulative_moments(x: Tensor, keep_BT1: Tensor, carry: Prefix | None) -> Mo
         second = second + carry.square + carry.count * before.square()
     divisor = count.clamp(min=1)
     shift = first / divisor
-    return Moments(pivot + shift, (second / divisor - shift.square()).clamp(min=0), count)
+    # Where the sum of squares has left its precision, inf - inf would be NaN; any statistic that large gives 0.
+    var = torch.where(second.isfinite(), second / divisor - shift.square(), torch.finfo(x.dtype).max)
+    return Moments(pivot + shift, var.clamp(min=0), count)
 
 
 def prefix_moments(
@@ -211,7 +218,7 @@ def prefix_moments(
     rows = total(count)
     divisor = rows.clamp(min=1)
     joint = total(count * mean) / divisor if center else torch.zeros_like(mean[:1])
-    return Moments(joint, total(count * (var + (mean - joint).square())) / divisor, rows), after
+    return Moments(joint, total(count * (var + finite_square(mean - joint))) / divisor, rows), after
 
 
 def distinct_steps(step_B: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class _PowerFunction(torch.autograd.Function):
         totals = torch.stack([(grad * y).sum((0, 1)), (keep * y.square()).sum((0, 1)), keep.sum().expand(y.shape[-1])])
         product, square, count = sum_over_processes(totals)
         rate = ctx.momentum / count.clamp(min=1)
-        nu.mul_(1 - rate * square).add_(rate * product)
+        moved = nu * (1 - rate * square) + rate * product
+        nu.copy_(torch.where(moved.isfinite(), moved, nu))
         return grad_x, None, None, None, None
 
 
