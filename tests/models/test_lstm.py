@@ -121,6 +121,25 @@ def test_padded_batch_equals_its_rows(norm: str, bidirectional: bool) -> None:
 
 
 @pytest.mark.parametrize("norm", available_norms())
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_first_both_ways(norm: str, training: bool) -> None:
+    first = normed(norm, bidirectional=True, num_layers=2).train(training)
+    last = copy.deepcopy(first)
+    last.batch_first = False
+    x = sample(B, T, IN)
+    out, state = first(x, lengths=LENGTHS)
+    turned, turned_state = last(x.transpose(0, 1), lengths=LENGTHS)
+    assert torch.equal(out, turned.transpose(0, 1))
+    assert all(torch.equal(one, other) for one, other in zip(state, turned_state, strict=True))
+    packed = pack_padded_sequence(x, LENGTHS, batch_first=True, enforce_sorted=False)
+    twins = normed(norm, bidirectional=True, num_layers=2).train(training)
+    torch.testing.assert_close(pad_packed_sequence(twins(packed)[0], batch_first=True)[0], out)
+    for one, other, third in zip(first.buffers(), last.buffers(), twins.buffers(), strict=True):
+        assert torch.equal(one, other)
+        torch.testing.assert_close(one, third)
+
+
+@pytest.mark.parametrize("norm", available_norms())
 def test_padding_reaches_no_gradient_and_no_stored_value(norm: str) -> None:
     results = []
     for pad in (1e3, float("nan")):
