@@ -19,7 +19,7 @@ help: ## print this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "  variables of make train:"
-	@echo "    NORM    none ln rms scale gn inorm lrn dyt derf bn bn_step brn rbn pn pnv (docs/norms.md)"
+	@echo "    NORM    $$(grep -l '^@final' src/normlab/norms/*.py | xargs -n1 basename -s .py | tr '\n' ' ')(docs/norms.md)"
 	@echo "    MODEL   lstm transformer"
 	@echo "    DATA    pydocs ptb_char sst2 ... or a path: a .txt file, a folder of them, a .csv / .tsv / .jsonl"
 	@echo "    SEED    of weights, batch order and dropout"

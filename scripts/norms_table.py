@@ -7,6 +7,7 @@ Shape suffixes: B batch, T time, F features.
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ from normlab.norms import build_norm, norm_options
 from normlab.norms.base import Norm, Shares
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+README = DOCS.parent / "README.md"
 PAGE, EVERY_NORM, EVERY_SET = DOCS / "norms.md", DOCS / "norms.png", DOCS / "sharing.png"
 
 POOLS = get_args(get_args(get_type_hints(NormOptions)["pool"])[0])
@@ -451,9 +453,16 @@ def draw_key(figure: Figure) -> None:
     figure.text(0.5, (MARGIN + 0.14) / height, letters, ha="center", va="center", fontsize=9, color=FAINT)
 
 
+def named_in(readme: str) -> str:
+    """The README with all norms in its row of `--norm`, the control first."""
+    names = sorted(available_norms(), key=lambda name: (not build_norm(name, DIM).identity, name))
+    return re.sub(r"(`--norm` \| `)[^`]+`", rf"\g<1>{' '.join(names)}`", readme)
+
+
 def main() -> int:
     DOCS.mkdir(exist_ok=True)
     PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(named_in(README.read_text(encoding="utf-8")), encoding="utf-8")
     save(panels(), EVERY_NORM)
     save(panels_by_set(), EVERY_SET)
     for path in (PAGE, EVERY_NORM, EVERY_SET):

@@ -143,6 +143,8 @@ def test_pictures_are_there_and_small() -> None:
 
 def test_the_page_is_that_of_the_norms() -> None:
     assert made.PAGE.read_text(encoding="utf-8") == made.page(), "run `make norms`"
+    readme = made.README.read_text(encoding="utf-8")
+    assert readme == made.named_in(readme), "run `make norms`"
 
 
 def test_the_page_tells_shapes_and_defaults() -> None:
