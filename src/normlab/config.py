@@ -139,8 +139,8 @@ class TransformerSites:
 
 
 def _later(default: Any) -> Any:
-    """A field that came after runs were recorded: it is left out of the run's id while it holds its default, which does
-    what was done before it came, so that old ids stay."""
+    """A field that came after runs were recorded: it is left out of the run's id while it holds its default, with which
+    a run trains as it did before the field came, so that old ids stay."""
     return field(default=default, metadata={"later": True})
 
 
@@ -400,6 +400,8 @@ class TrainingConfig:
         early_stop: validations without improvement before stopping; 0 never stops early.
         divergence_nats: a training loss above this (nats per token or text), or not finite, ends the run as diverged.
         activations_every: optimizer steps between records of per-site activation statistics; 0 records none.
+        recompute_batches: training batches (at most one pass over them) from which stored statistics are estimated
+            anew before the final test; the numbers with the running averages are recorded beside. 0 keeps those alone.
     """
 
     steps: int = 250
@@ -413,11 +415,12 @@ class TrainingConfig:
     early_stop: int = 0
     divergence_nats: float = 20.0
     activations_every: int = 125
+    recompute_batches: int = _later(64)
 
     def __post_init__(self) -> None:
         for name in ("steps", "valid_every", "checkpoint_every", "accumulate", "devices"):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("threads", "early_stop", "activations_every"):
+        for name in ("threads", "early_stop", "activations_every", "recompute_batches"):
             _require(getattr(self, name) >= 0, f"training.{name} is {getattr(self, name)}; it must be >= 0")
         _require(self.divergence_nats > 0, "training.divergence_nats must be > 0")
 

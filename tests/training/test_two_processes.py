@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from normlab.records.record import RunRecord, record_ids
 
@@ -38,5 +39,10 @@ def test_two_processes(tiny_text: Path, tmp_path: Path):
         assert record.outcome().state == "finished"
         assert [row["step"] for row in record.metrics() if "valid_loss_nats" in row] == [3, 6]
     # The same windows, dealt to two processes: the joined batch is the same, and so is what is learnt from it.
-    name = "valid_loss_nats"
-    assert float(two.outcome().results[name]) == pytest.approx(float(one.outcome().results[name]), rel=1e-3)
+    for name in ("valid_loss_nats", "valid_running_loss_nats", "test_loss_nats", "statistics_gap_mean"):
+        assert float(two.outcome().results[name]) == pytest.approx(float(one.outcome().results[name]), rel=1e-3)
+    assert two.outcome().results["recomputed_batches"] == one.outcome().results["recomputed_batches"]
+    entries = [[gap["entries"] for gap in record.statistics_gap()["norms"].values()] for record in (one, two)]
+    assert entries[0] == entries[1]  # of all processes together
+    stored = torch.load(two.checkpoints / "final.ckpt", weights_only=True)
+    assert stored["global_step"] == two.outcome().results["best_step"]

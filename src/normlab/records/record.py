@@ -4,6 +4,7 @@
               environment.json   versions, machine, data
               metrics.jsonl      one row per line: step, seconds and metrics with units in their names
               outcome.json       how the run ended
+              statistics_gap.json  running averages against re-estimated statistics, per norm that stores any
               checkpoints/       what to resume from
               tokenizer.json     symbols of the corpus
 
@@ -161,6 +162,14 @@ class RunRecord:
     def environment(self) -> dict[str, Any]:
         """What `write_environment` wrote; empty if it was never called."""
         return self._read_json("environment.json") or {}
+
+    def write_statistics_gap(self, batches: int, gaps: Mapping[str, Mapping[str, float | int]]) -> None:
+        """How far the running averages were from statistics re-estimated over `batches`, per norm by its name."""
+        self._write_json("statistics_gap.json", {"batches": batches, "norms": gaps})
+
+    def statistics_gap(self) -> dict[str, Any]:
+        """What `write_statistics_gap` wrote: `batches` and `norms`; empty if it was never called."""
+        return self._read_json("statistics_gap.json") or {}
 
     def finish(self, outcome: Outcome) -> None:
         """Write the outcome and give the record free."""

@@ -38,6 +38,17 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     for split in SPLITS:
         if f"{split}_loss_nats" in results:
             rows.append((split, _losses(results, split, tokens)))
+    if "test_running_loss_nats" in results:
+        rows.append(
+            (
+                "running",
+                f"with running averages: test {_losses(results, 'test_running', tokens)}; gap to the statistics of "
+                f"{results['recomputed_batches']} training batches, used above: mean "
+                f"{float(results['statistics_gap_mean']):.2g} sigma, std {float(results['statistics_gap_std']):.2%}",
+            )
+        )
+    leaks: dict[str, str] = environment.get("leaks", {})
+    rows += [("leaks", f"{site}: {leak}") for site, leak in leaks.items()]
     unknown = {split: data.get("splits", {}).get(split, {}).get("unknown_tokens", 0) for split in ("valid", "test")}
     if any(unknown.values()):
         total = sum(data["splits"][split]["tokens"] for split in unknown)

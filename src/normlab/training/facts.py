@@ -13,10 +13,19 @@ import torch
 from normlab.config import RunConfig
 from normlab.data.prepared import PreparedText
 from normlab.norms.base import Norm
+from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.tasks.metrics import evaluation_note
 from normlab.training.module import TextModule
 
-__all__ = ["couples_rows", "data_facts", "device_names", "peak_memory_mib", "site_facts"]
+__all__ = [
+    "data_facts",
+    "device_names",
+    "leak_facts",
+    "leak_warning",
+    "peak_memory_mib",
+    "site_facts",
+    "statistics_rows",
+]
 
 
 def data_facts(text: PreparedText, config: RunConfig) -> dict[str, Any]:
@@ -42,8 +51,40 @@ def site_facts(module: TextModule) -> dict[str, str]:
     return {part.site: f"{part.name}({part.extra_repr()})" for part in module.modules() if isinstance(part, Norm)}
 
 
-def couples_rows(module: TextModule) -> bool:
-    return any(isinstance(part, Norm) and not part.batch_independent for part in module.modules())
+def statistics_rows(module: TextModule, batch_size: int, processes: int) -> int | None:
+    """Rows that share a training statistic, the fewest if norms differ; None if no row sees another.
+
+    Args:
+        batch_size: rows per process.
+    """
+    rows: list[int] = []
+    for part in module.modules():
+        if not isinstance(part, Norm) or part.batch_independent:
+            continue
+        ghost = part.ghost_rows if isinstance(part, BatchStatisticsNorm) else None
+        memory = part.memory_batches if isinstance(part, BatchStatisticsNorm) else 0
+        # Ghosts are cut within each process; a batch smaller than one is one.
+        rows.append(batch_size * processes * (1 + memory) if ghost is None else min(ghost, batch_size))
+    return min(rows, default=None)
+
+
+def leak_facts(module: TextModule) -> dict[str, str]:
+    """What each site of a language model shows of later text; empty if it shows none."""
+    if module.text.task != "language_modelling":
+        return {}
+    return {part.site: part.leaks for part in module.modules() if isinstance(part, Norm) and part.leaks}
+
+
+def leak_warning(module: TextModule) -> str:
+    """One line on `leak_facts`, which must not be empty."""
+    leaks = leak_facts(module)
+    sites = {leak: ", ".join(site for site, other in leaks.items() if other == leak) for leak in leaks.values()}
+    norms = [part for part in module.modules() if isinstance(part, Norm)]
+    always = any(part.leaks and not part.causal_in_evaluation for part in norms)
+    which = "losses, in evaluation too," if always else "losses in training mode"
+    return (
+        f"warning: {'; '.join(f'{sites[leak]}: {leak}' for leak in sites)}; {which} are not those of a language model"
+    )
 
 
 def device_names(trainer: pl.Trainer) -> list[str]:

@@ -27,9 +27,18 @@ def require_accelerator(asked: str, devices: int) -> str:
     return accelerator
 
 
-def require_rows(module: TextModule, rows: int, config: RunConfig) -> None:
-    lonely = [part.name for part in module.modules() if isinstance(part, Norm) and not part.works_at_batch_1]
-    if lonely and rows == 1:
+def require_rows(module: TextModule, batch_size: int, config: RunConfig) -> None:
+    """Raise `InputError` if a norm takes its statistics over a single row; `batch_size` is that of one process."""
+    together = batch_size * config.training.devices
+    lonely = [
+        part.name
+        for part in module.modules()
+        if isinstance(part, Norm)
+        and not part.works_at_batch_1
+        # Ghost batches are cut within each process.
+        and (together if getattr(part, "ghost_rows", None) is None else batch_size) == 1
+    ]
+    if lonely:
         raise InputError(
             f"{lonely[0]} takes its statistics over the rows of a batch, and a batch has one row; raise "
             f"data.batch_size (now {config.data.batch_size}), lower data.length if the text is short, or use a norm "

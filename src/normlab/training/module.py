@@ -6,7 +6,7 @@ Shapes: B batch, T time.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -18,7 +18,9 @@ from normlab.data.batches import Batch
 from normlab.data.prepared import PreparedText
 from normlab.models.lstm import LSTMState
 from normlab.models.lstm_model import LSTMModel
+from normlab.models.output import ModelOutput
 from normlab.models.transformer import TransformerModel
+from normlab.norms.base import GatheredPenalties
 from normlab.tasks.losses import LOSSES, Losses
 from normlab.tasks.metrics import language_metrics
 from normlab.training.optim import build_optimizer, build_schedule
@@ -38,12 +40,19 @@ class TextModule(pl.LightningModule):
     """Trains one model on one task; works in any `pl.Trainer`.
 
     Logs `train_loss_nats`, `gradient_norm`, `learning_rate`, `valid_*` and `test_*` (nats per prediction, bits per
-    character and word perplexity, or accuracy). Gradients are clipped here, by `config.optim.clip`, so that the
-    norm before clipping can be logged: leave the Trainer's own `gradient_clip_val` unset.
+    character and word perplexity, or accuracy). What is trained on is the loss plus the penalties of the norms that
+    have one; `train_loss_nats` is the loss alone, which compares between norms, and `penalty_nats` the sum of the
+    penalties. Gradients are clipped here, by `config.optim.clip`, so that the norm before clipping can be logged: leave
+    the Trainer's own `gradient_clip_val` unset.
 
     Args:
         config: the run.
         text: the prepared text, for its sizes and for the counts that convert losses between units.
+
+    Attributes:
+        evaluated_split: what the batches of an evaluation come from: names its metrics and converts their units.
+        statistics: "running" names the metrics of an evaluation `test_running_*`, for one with the running averages
+            where there is another with re-estimated statistics.
     """
 
     def __init__(self, config: RunConfig, text: PreparedText) -> None:
@@ -55,27 +64,45 @@ class TextModule(pl.LightningModule):
         self.carries_state = text.task == "language_modelling" and config.data.stream == "stateful"
         self.carried: LSTMState | None = None
         self.evaluated_split = "valid"
+        self.statistics: Literal["", "running"] = ""
         self.last_loss_nats = torch.tensor(0.0)
         self._micro_losses: list[Tensor] = []
+        self._micro_penalties: list[Tensor] = []
+        self._has_penalties = True  # until the first training batch shows that no norm gives any
         self.nats = MeanMetric().set_dtype(torch.float64)
         self.accuracy = MeanMetric().set_dtype(torch.float64)
 
-    def losses(self, batch: Batch) -> Losses:
-        """Loss sums of one batch; in a stateful stream the recurrent state goes on from the batch before."""
+    def outputs(self, batch: Batch) -> ModelOutput:
+        """What the model says of one batch; in a stateful stream the recurrent state goes on from the batch before."""
         state = self.carried
         if state is not None and batch.fresh_B is not None and bool(batch.fresh_B.any()):
             state = cast(LSTMModel, self.model).restart(state, batch.fresh_B)
         output = self.model(batch.tokens_BT, batch.mask_BT, state)
         if self.carries_state:
             self.carried = output.state.detach()
+        return output
+
+    def losses(self, batch: Batch) -> Losses:
+        """Loss sums of one batch, taken through the model by `outputs`."""
+        output = self.outputs(batch)
         targets = batch.labels_B if self.text.task == "classification" else batch.targets_BT
         assert targets is not None
         return self.loss(output.logits, targets, batch.mask_BT)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.losses(batch).mean_nats
+        penalty = None
+        if self._has_penalties:
+            with GatheredPenalties(self.model) as penalties:
+                loss = self.losses(batch).mean_nats
+            penalty = penalties.total()
+            self._has_penalties = penalty is not None or not self.model.training
+        else:
+            loss = self.losses(batch).mean_nats
         self._micro_losses.append(loss.detach())
-        return loss
+        if penalty is None:
+            return loss
+        self._micro_penalties.append(penalty.detach())
+        return loss + penalty
 
     def configure_gradient_clipping(
         self,
@@ -87,6 +114,9 @@ class TextModule(pl.LightningModule):
         self.last_loss_nats = torch.stack(self._micro_losses).mean()
         self._micro_losses.clear()
         self.log("train_loss_nats", self.last_loss_nats, prog_bar=True)
+        if self._micro_penalties:
+            self.log("penalty_nats", torch.stack(self._micro_penalties).mean())
+            self._micro_penalties.clear()
         limit = self.config.optim.clip or float("inf")
         self.log("gradient_norm", torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         self.log("learning_rate", optimizer.param_groups[0]["lr"])
@@ -137,7 +167,8 @@ class TextModule(pl.LightningModule):
             metrics["accuracy"] = float(self.accuracy.compute())
         else:
             metrics |= language_metrics(self.text, split, metrics["loss_nats"])
-        exact = {f"{split}_{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+        prefix = f"{split}_{self.statistics}" if self.statistics else split
+        exact = {f"{prefix}_{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
         self.log_dict(exact, prog_bar=split == "valid")
 
     # What a checkpoint needs beside weights and optimizer for a resumed run to be the same run.

@@ -28,7 +28,15 @@ from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.tasks.metrics import baseline
 from normlab.training.datamodule import TextDataModule, WholeRun
-from normlab.training.facts import couples_rows, data_facts, device_names, peak_memory_mib, site_facts
+from normlab.training.facts import (
+    data_facts,
+    device_names,
+    leak_facts,
+    leak_warning,
+    peak_memory_mib,
+    site_facts,
+    statistics_rows,
+)
 from normlab.training.faults import (
     belongs_to,
     explain,
@@ -37,6 +45,7 @@ from normlab.training.faults import (
     require_rows,
     require_same_text,
 )
+from normlab.training.final import evaluate_best
 from normlab.training.module import TextModule
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
 from normlab.training.stopwatch import Stopwatch
@@ -81,15 +90,14 @@ def train(config: RunConfig) -> RunRecord:
         raise InputError(message) from error
     datamodule = TextDataModule(config.data, config.seed, text)
     accelerator = require_accelerator(config.training.accelerator, config.training.devices)
-    # Accumulation does not add to the rows that share a statistic, processes do.
-    statistics_rows = datamodule.train_dataloader().batch_size * config.training.devices
-    require_rows(module, statistics_rows, config)
+    batch_size = datamodule.train_dataloader().batch_size
+    require_rows(module, batch_size, config)
     record = RunRecord.create(config)
     if first:
         record.start()
     run = None
     try:
-        run = _Run(config, text, datamodule, module, record, console, first, accelerator, statistics_rows)
+        run = _Run(config, text, datamodule, module, record, console, first, accelerator, batch_size)
         outcome = run.train()
         if first:
             record.finish(outcome)
@@ -128,7 +136,7 @@ class _Run:
     console: Console
     first: bool
     accelerator: str
-    statistics_rows: int
+    batch_size: int
 
     def __post_init__(self) -> None:
         training = self.config.training
@@ -240,21 +248,15 @@ class _Run:
         return str(path)
 
     def _evaluate(self) -> dict[str, float]:
-        """Losses of the best weights on a part of train, on valid and on test, all in evaluation mode."""
-        if self.checkpoints.best_step != self.step:
-            best = torch.load(self.checkpoints.best, map_location="cpu", weights_only=True)
-            self.module.load_state_dict(best["state_dict"])
-        self.module.evaluated_split = "train"
-        train_part = self.datamodule.train_part_dataloader()
-        results = dict(self.trainer.validate(self.module, dataloaders=train_part, verbose=False)[0])
-        self.module.evaluated_split = "valid"
-        best_row = [
-            r for r in self.record.metrics() if r["step"] == self.checkpoints.best_step and "valid_loss_nats" in r
-        ]
-        results |= {name: value for name, value in best_row[-1].items() if name.startswith("valid_")}
-        results |= dict(self.trainer.test(self.module, self.datamodule.test_dataloader(), verbose=False)[0])
-        results["best_step"] = self.checkpoints.best_step
-        return results
+        return evaluate_best(
+            self.trainer,
+            self.module,
+            self.datamodule,
+            self.checkpoints,
+            self.record,
+            self.config.training.recompute_batches,
+            self._say,
+        )
 
     def _results(self, evaluated: dict[str, float]) -> dict[str, float | int | str]:
         return {
@@ -278,14 +280,25 @@ class _Run:
         environment["data"] = data_facts(self.text, self.config)
         environment["sites"] = site_facts(self.module)
         environment["threads"] = torch.get_num_threads()
-        if couples_rows(self.module):
-            rows, accumulate = self.statistics_rows, self.config.training.accumulate
+        devices, accumulate = self.config.training.devices, self.config.training.accumulate
+        rows = statistics_rows(self.module, self.batch_size, devices)
+        if rows is not None:
             environment["statistics_batch_rows"] = rows
-            if accumulate > 1:
+            own_rows = self.batch_size * devices
+            gradient_rows = own_rows * accumulate
+            if accumulate > 1 and rows != gradient_rows:
+                # Accumulation does not add to the rows that share a statistic; processes and memory do.
+                more = (
+                    f"model.norm_options.memory_batches {accumulate - 1} adds earlier ones (bn_step, pool=batch_time)"
+                )
                 self._say(
                     f"warning: with training.accumulate {accumulate} the batch statistics still see {rows} rows, "
-                    f"the gradient {rows * accumulate}"
+                    f"the gradient {gradient_rows}{f'; {more}' if rows == own_rows else ''}"
                 )
+        leaks = leak_facts(self.module)
+        if leaks:
+            environment["leaks"] = leaks
+            self._say(leak_warning(self.module))
         before = self.record.environment()
         if before:
             kept = ("machine", "versions", "git")

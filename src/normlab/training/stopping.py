@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -131,6 +132,10 @@ class DivergenceGuard(pl.Callback):
 class Checkpoints(Checkpoint):
     """`last.ckpt` to resume from, and `best.ckpt`: the weights with the best validation loss.
 
+    Validation while training is in evaluation mode, with the running averages of norms that store statistics; so the
+    choice of the best weights rests on those. `final.ckpt` holds the same weights with re-estimated statistics, if a
+    run was tested with them.
+
     A checkpoint that falls on a validation step is written after the validation, so that a resumed run never
     misses a validation and the choice of the best one is the same as in an uninterrupted run. A checkpoint is written
     beside the one before and then takes its place, so that a kill or a full disk leaves the one before.
@@ -159,6 +164,10 @@ class Checkpoints(Checkpoint):
     def best(self) -> Path:
         return self.folder / "best.ckpt"
 
+    @property
+    def final(self) -> Path:
+        return self.folder / "final.ckpt"
+
     def state_dict(self) -> dict[str, Any]:
         return {"best_loss_nats": self.best_loss_nats, "best_step": self.best_step}
 
@@ -185,10 +194,24 @@ class Checkpoints(Checkpoint):
         self._save(trainer, self.last, weights_only=False)
         self.saved_step = trainer.global_step
 
+    def save_final(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write `final.ckpt`: `best.ckpt` with the values that `module`, which had them from there, has by now."""
+
+        def write(path: Path) -> None:
+            if trainer.is_global_zero:
+                stored = torch.load(self.best, map_location="cpu", weights_only=True)
+                stored["state_dict"] = {name: value.cpu() for name, value in module.state_dict().items()}
+                torch.save(stored, path)
+
+        self._replace(trainer, self.final, write)
+
     def _save(self, trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
+        self._replace(trainer, path, lambda beside: trainer.save_checkpoint(beside, weights_only=weights_only))
+
+    def _replace(self, trainer: pl.Trainer, path: Path, write: Callable[[Path], None]) -> None:
         with self.stopwatch.held():
             beside = path.with_name(f".{path.name}.tmp")
-            trainer.save_checkpoint(beside, weights_only=weights_only)
+            write(beside)
             if trainer.is_global_zero:
                 with beside.open("rb") as file:
                     os.fsync(file.fileno())

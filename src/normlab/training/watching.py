@@ -82,7 +82,7 @@ class Recorder(pl.Callback):
             return
         metrics = {
             name: float(trainer.callback_metrics[name])
-            for name in ("train_loss_nats", "gradient_norm", "learning_rate")
+            for name in ("train_loss_nats", "penalty_nats", "gradient_norm", "learning_rate")
             if name in trainer.callback_metrics
         }
         seconds = self.stopwatch.seconds
