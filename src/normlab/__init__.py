@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normlab.config import InputError as InputError
     from normlab.config import RunConfig as RunConfig
     from normlab.models.lstm import LSTM as LSTM
+    from normlab.models.swap import swap_norms as swap_norms
     from normlab.norms import build_norm as build_norm
     from normlab.norms.base import Norm as Norm
     from normlab.records.record import RunRecord as RunRecord
@@ -28,6 +29,7 @@ _HOMES = {
     "TextDataModule": "normlab.training.datamodule",
     "TextModule": "normlab.training.module",
     "build_norm": "normlab.norms",
+    "swap_norms": "normlab.models.swap",
     "train": "normlab.training.run",
 }
 
