@@ -18,7 +18,7 @@ from normlab.norms.base import Norm
 __all__ = ["Lookalike", "recognize"]
 
 TOLERANCE = 1e-5
-"""Largest relative deviation: that of arithmetic in fp32, and far less than a Bessel correction up to 10,000 features."""
+"""Largest relative deviation: above that of arithmetic in fp32, below a Bessel correction up to 10,000 features."""
 
 
 class Lookalike(NamedTuple):

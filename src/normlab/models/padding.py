@@ -238,13 +238,13 @@ class Adapter:
         stream = self.streams.current
         if stream is not None and not stream.readable:
             raise InputError(
-                f"{self.name} ({norm.name}) pools over tokens and cannot tell padding from this attention mask; give the "
-                "model one of shape batch x time, 1 = real token"
+                f"{self.name} ({norm.name}) pools over tokens and cannot tell padding from this attention mask; give "
+                "the model one of shape batch x time, 1 = real token"
             )
         if stream is not None and stream.past and (self.pools.training if norm.training else self.pools.evaluation):
             raise InputError(
-                f"{self.name} ({norm.name}) takes its statistics over the time steps of a sequence, and those before are "
-                "in a cache of keys and values that does not hold them; use_cache=False"
+                f"{self.name} ({norm.name}) takes its statistics over the time steps of a sequence, and those before "
+                "are in a cache of keys and values that does not hold them; use_cache=False"
             )
         x_BTF, undo, fits = self._arrange(x, stream)
         if stream is None or not fits:
@@ -304,8 +304,8 @@ class Adapter:
         if x.ndim == 3:
             return 1
         raise InputError(
-            f"cannot tell which dimension of the input of {self.name}, of shape {tuple(x.shape)}, is time; leave it out "
-            "with sites=, or use a norm that looks at one entry alone, such as ln"
+            f"cannot tell which dimension of the input of {self.name}, of shape {tuple(x.shape)}, is time; leave it "
+            "out with sites=, or use a norm that looks at one entry alone, such as ln"
         )
 
 
