@@ -1,8 +1,8 @@
 """The command line: `python -m normlab train --norm ln --model lstm --data ptb_char --seed 3`.
 
 Flags are the fields of `RunConfig`; `--norm`, `--model` and `--data` are short for `--model.norm`, `--model.name` and
-`--data.corpus`, and `--model hf:gpt2` for `--model.name hf --model.architecture gpt2`. A config is checked in full before
-torch is imported, so that a mistake is answered at once (what only transformers knows, before the text is read).
+`--data.corpus`, and `--model hf:gpt2` for `--model.name hf --model.architecture gpt2`. A config is checked before torch
+is imported, so that a mistake is answered at once (what only transformers knows: before the text is read).
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def _model(config: RunConfig, results: dict[str, float | int | str]) -> str:
     model = config.model
     if isinstance(model, HuggingFaceConfig):
         sizes = ", ".join(f"{key} {value}" for key, value in model.overrides.items() if isinstance(value, int))
-        shape = f"{model.architecture} of transformers" + (f" ({sizes})" if 0 < len(sizes) < 60 else "")
+        shape = f"{model.architecture} of transformers" + (f" ({sizes})" if sizes else "")
     else:
         shape = f"{model.name}, {model.layers} x {model.width}"
     parameters = results.get("parameters")
