@@ -232,7 +232,7 @@ class Adapter:
         if torch._C._current_graph_task_id() != -1:
             raise InputError(
                 f"gradient checkpointing runs {self.name} ({norm.name}) a second time, without the attention mask, and "
-                "would store its statistics twice; switch it off (model.gradient_checkpointing_disable()) or use a "
+                "would store its statistics twice; switch it off, or use a "
                 "norm that looks at one entry alone, such as ln"
             )
         stream = self.streams.current
