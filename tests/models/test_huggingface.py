@@ -224,7 +224,7 @@ def test_without_transformers_the_user_hears_what_to_install(monkeypatch: pytest
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(InputError, match=r"pip install 'normlab\[hf\]'"):
+    with pytest.raises(InputError, match="pip install 'transformers>=5,<6'"):
         require_architecture(config())
     assert huggingface.importlib is importlib
 

@@ -118,7 +118,7 @@ def _transformers() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise InputError(
-            f"the model hf needs the transformers library ({_one_line(error)}); pip install 'normlab[hf]'"
+            f"the model hf needs the transformers library ({_one_line(error)}); pip install 'transformers>=5,<6'"
         ) from None
 
 
