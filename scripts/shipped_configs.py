@@ -43,6 +43,7 @@ COMMANDS = [
     "--config configs/smoke.yaml",
     "--config configs/word_lstm.yaml",
     "--config configs/bpe_transformer.yaml",
+    "--config configs/hf_gpt2.yaml",
 ]
 COLUMNS: tuple[str, ...] = (
     "command",

@@ -22,10 +22,7 @@ def test_config_trains(
     given = yaml.safe_load(path.read_text())
     own = given["data"]["corpus"]
     text = tiny_labels if own == "sst2" else tiny_text
-    shorter = (
-        "--training.steps 2 --training.valid_every 2 --training.activations_every 1 "
-        "--data.batch_size 4 "
-    )
+    shorter = "--training.steps 2 --training.valid_every 2 --training.activations_every 1 --data.batch_size 4 "
     shorter += "--model.overrides.n_embd 16" if given["model"]["name"] == "hf" else "--model.width 16"
     code = main(
         f"train --config {path} --data {text} {shorter} --output.runs_dir {tmp_path} --output.wandb off".split()

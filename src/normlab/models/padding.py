@@ -117,7 +117,6 @@ class Listener:
         return bool(names & {"attention_mask", *PADDING_MASKS} or (names & {*OTHER_INPUTS} and not names & {*TOKENS}))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.streams.end(self)  # left open by a forward pass that was broken off
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         self.streams.begin(self, self._stream(given))
 
