@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from normlab.__main__ import parse_run
-from normlab.config import run_id
+from normlab.config import model_label, run_id
 from normlab.records.record import RunRecord, record_ids
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,7 @@ COMMANDS = [
     "--config configs/smoke.yaml",
     "--config configs/word_lstm.yaml",
     "--config configs/bpe_transformer.yaml",
+    "--config configs/hf_gpt2.yaml",
 ]
 COLUMNS: tuple[str, ...] = (
     "command",
@@ -70,7 +71,7 @@ def row(command: str) -> dict[str, object] | None:
         **results,
         "command": f"python -m normlab train {command}",
         "norm": config.model.norm,
-        "model": config.model.name,
+        "model": model_label(config.model),
         "corpus": config.data.corpus,
         "seed": config.seed,
         "outcome": outcome.state,

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from normlab.__main__ import main, parse_run
-from normlab.config import TransformerConfig, available_norms
+from normlab.config import HuggingFaceConfig, TransformerConfig, available_norms
 
 
 def test_short_flags_are_fields():
@@ -29,9 +29,28 @@ def test_flags_change_the_config_file(tmp_path: Path):
     assert (config.model.width, config.model.layers, config.seed) == (64, 3, 7)
 
 
+@pytest.mark.parametrize("model", ["--model hf:gpt2", "--model=hf:gpt2", "--model.name hf --model.architecture gpt2"])
+def test_an_architecture_of_transformers_and_its_sizes(model: str):
+    config = parse_run([*model.split(), "--norm", "bn", "--model.overrides.n_layer", "2", "--model.overrides.n_head=4"])
+    assert isinstance(config.model, HuggingFaceConfig)
+    assert (config.model.architecture, config.model.norm) == ("gpt2", "bn")
+    assert config.model.overrides == {"n_layer": 2, "n_head": 4}
+    same = parse_run([*model.split(), "--norm", "bn", "--model.overrides", '{"n_layer": 2, "n_head": 4}'])
+    assert same == config
+
+
+def test_a_flag_changes_one_override_of_the_config_file(tmp_path: Path):
+    path = tmp_path / "run.yaml"
+    overrides = {"n_layer": 2, "n_embd": 32}
+    path.write_text(yaml.safe_dump({"model": {"name": "hf", "architecture": "gpt2", "overrides": overrides}}))
+    config = parse_run(["--config", str(path), "--model.overrides.n_layer", "3"])
+    assert isinstance(config.model, HuggingFaceConfig)
+    assert config.model.overrides == {"n_layer": 3, "n_embd": 32}
+
+
 MISTAKES = [
     ("--norm lnn", "unknown norm 'lnn' (did you mean 'ln'?); choose from: bn"),
-    ("--model gru", "unknown model 'gru'; choose from: lstm, transformer"),
+    ("--model gru", "unknown model 'gru'; choose from: hf, lstm, transformer"),
     ("--data ptb_chat", "did you mean 'ptb_char'?"),
     ("--data missing/file.txt", "missing/file.txt"),
     ("--model.widht 3", "unknown flag '--model.widht' (did you mean '--model.width'?)"),
@@ -46,6 +65,12 @@ MISTAKES = [
     ("--model.sites.cell.norm bm", "unknown norm 'bm'"),
     ("--optim.lr 0", "optim.lr is 0.0; it must be a finite number > 0"),
     ("--training.steps 0", "training.steps is 0; it must be at least 1"),
+    ("--model hf", "model.architecture is empty; name one, such as --model hf:gpt2"),
+    ("--model hf:gpt2 --data.stream stateful", "use data.stream=windows"),
+    ("--model hf:gpt2 --model.width 16", "unknown flag '--model.width'"),
+    ("--model hf:gtp2", "did you mean gpt2"),
+    ("--model hf:gpt2 --model.overrides.n_layers 2", "did you mean n_layer"),
+    ("--model hf:gpt2 --model.overrides.n_layer two", "expected int, got str"),
     ("--config missing.yaml", "cannot read the config 'missing.yaml'"),
     ("--resume nothing", "no run 'nothing'"),
 ]
@@ -96,12 +121,19 @@ def test_mistakes_are_found_before_torch_is_imported():
         assert "Traceback" not in done.stderr
 
 
+def test_help_of_an_architecture_of_transformers(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main(["train", "--model", "hf:gpt2", "--help"])
+    assert "--model.overrides" in capsys.readouterr().out
+
+
 def test_help_names_every_norm_option_and_both_models(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "--model transformer --help" in text
+    assert "--model hf --help" in text
     for flag in ("--model.norm_options.eps", "--model.sites.hidden_to_hidden.gain", "--data.stream", "--resume"):
         assert flag in text
 

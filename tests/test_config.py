@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import yaml
 
 import normlab
 from normlab.config import (
+    HuggingFaceConfig,
     InputError,
     LSTMConfig,
+    ModelConfig,
     OutputConfig,
     RunConfig,
     TransformerConfig,
@@ -22,8 +25,15 @@ from normlab.config import (
 )
 
 
-@pytest.mark.parametrize("model", [LSTMConfig(norm="bn"), TransformerConfig(placement="peri")])
-def test_a_config_survives_yaml(model: LSTMConfig | TransformerConfig):
+@pytest.mark.parametrize(
+    "model",
+    [
+        LSTMConfig(norm="bn"),
+        TransformerConfig(placement="peri"),
+        HuggingFaceConfig(architecture="gpt2", norm="bn", swap="*.ln_1", overrides={"n_layer": 2, "resid_pdrop": 0.0}),
+    ],
+)
+def test_a_config_survives_yaml(model: ModelConfig):
     config = RunConfig(model=model, seed=9)
     assert config_from_dict(yaml.safe_load(yaml.safe_dump(config_to_dict(config)))) == config
 
@@ -62,6 +72,14 @@ def test_the_id_is_a_safe_folder_name():
         ({"seed": -1}, "seed is -1"),
         ({"model": {"tie_embeddings": True, "embedding_width": 3}}, "model.tie_embeddings needs"),
         ({"model": {"norm_options": {"momentum": 0.0}}}, "momentum is 0.0"),
+        ({"model": {"name": "hf"}}, "model.architecture is empty"),
+        ({"model": {"name": "hf", "architecture": "gpt2", "norm": "lnn"}}, "did you mean 'ln'?"),
+        ({"model": {"name": "hf", "architecture": "gpt2", "overrides": 3}}, "model.overrides must be a mapping"),
+        ({"model": {"name": "hf", "architecture": "gpt2", "overrides": {"vocab_size": 9}}}, "decided by the text"),
+        ({"model": {"name": "hf", "architecture": "gpt2", "swap": "*.ln_1"}}, "norm own replaces none"),
+        ({"model": {"name": "hf", "architecture": "gpt2", "norm_options": {"eps": 0.1}}}, "norm own takes none"),
+        ({"model": {"name": "hf", "architecture": "missing/config.json"}}, "cannot read the architecture"),
+        ({"model": {"name": "hf", "architecture": "gpt2"}, "data": {"stream": "stateful"}}, "use data.stream=windows"),
     ],
 )
 def test_wrong_values_are_named(values: dict, said: str):
@@ -87,6 +105,7 @@ def test_public_face_is_frozen():
         "TextModule",
         "build_norm",
         "recompute_statistics",
+        "swap_norms",
         "train",
     ]
     assert all(getattr(normlab, name) is not None for name in normlab.__all__)
@@ -99,3 +118,22 @@ def test_a_norm_that_stands_nowhere_is_refused():
     with pytest.raises(InputError, match=r"model\.norm is bn but no site has it"):
         config_from_dict({"model": {"norm": "bn", "sites": nowhere}})
     assert config_from_dict({"model": {"norm": "none", "sites": nowhere}}).model.norm == "none"
+
+
+def test_an_architectures_file_is_in_the_config_and_its_id(tmp_path: Path):
+    def config(layers: int) -> RunConfig:
+        fields = {"model_type": "llama", "num_hidden_layers": layers, "vocab_size": 9, "transformers_version": "5"}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        return config_from_dict(
+            {"model": {"name": "hf", "architecture": str(tmp_path), "overrides": {"hidden_size": 8}}}
+        )
+
+    two, three = config(2), config(3)
+    assert isinstance(two.model, HuggingFaceConfig)
+    assert (two.model.architecture, two.model.from_file) == ("llama", {"num_hidden_layers": 2})
+    assert two.model.overrides == {"hidden_size": 8}
+    assert run_id(two) != run_id(three)
+    assert run_id(two).startswith("hf_llama-own-pydocs-s1-")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="is not JSON"):
+        config_from_dict({"model": {"name": "hf", "architecture": str(tmp_path / "config.json")}})

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from normlab.config import InputError as InputError
     from normlab.config import RunConfig as RunConfig
     from normlab.models.lstm import LSTM as LSTM
+    from normlab.models.swap import swap_norms as swap_norms
     from normlab.norms import build_norm as build_norm
     from normlab.norms.base import Norm as Norm
     from normlab.norms.recompute import recompute_statistics as recompute_statistics
@@ -30,6 +31,7 @@ _HOMES = {
     "TextModule": "normlab.training.module",
     "build_norm": "normlab.norms",
     "recompute_statistics": "normlab.norms.recompute",
+    "swap_norms": "normlab.models.swap",
     "train": "normlab.training.run",
 }
 

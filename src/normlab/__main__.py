@@ -1,7 +1,8 @@
 """The command line: `python -m normlab train --norm ln --model lstm --data ptb_char --seed 3`.
 
 Flags are the fields of `RunConfig`; `--norm`, `--model` and `--data` are short for `--model.norm`, `--model.name` and
-`--data.corpus`. A config is checked in full before torch is imported, so that a mistake is answered at once.
+`--data.corpus`, and `--model hf:gpt2` for `--model.name hf --model.architecture gpt2`. A config is checked before torch
+is imported, so that a mistake is answered at once (what only transformers knows: before the text is read).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
     Raises:
         InputError: naming the field, what was given and what it takes.
     """
-    spelled = [_spell_out(argument) for argument in arguments]
+    spelled = _spell_out(arguments)
     parser = run_parser(_model_name(spelled))
     options = _parse(parser, spelled)
     resume = options.pop("resume", None)
@@ -113,9 +114,10 @@ def run_parser(model: str) -> ArgumentParser:
     """A parser with one flag per field of `RunConfig`, for the model of that name."""
     parser = ArgumentParser(
         prog="python -m normlab train",
-        description=f"Train one run and record it. These are the flags of the {model}; "
-        f"--model {' / --model '.join(name for name in MODELS if name != model)} --help shows the other model's. "
-        "Short: --norm, --model and --data for --model.norm, --model.name and --data.corpus.",
+        description=f"Train one run and record it. These are the flags of --model {model}; for those of the others: "
+        f"{', '.join(f'--model {name} --help' for name in MODELS if name != model)}. "
+        "Short: --norm, --model and --data for --model.norm, --model.name and --data.corpus; "
+        "--model hf:gpt2 for --model.name hf --model.architecture gpt2.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -133,9 +135,17 @@ def run_parser(model: str) -> ArgumentParser:
     return parser
 
 
-def _spell_out(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    return SHORT.get(name, name) + equals + value
+def _spell_out(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the fields' own names in place of short ones."""
+    spelled: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        spelled.append(SHORT.get(name, name) + equals + value)
+        if len(spelled) > 1 and spelled[-2] == "--model.name" and argument.startswith("hf:"):
+            spelled[-1:] = ["hf", "--model.architecture", argument[3:]]
+        elif spelled[-1].startswith("--model.name=hf:"):
+            spelled[-1:] = ["--model.name=hf", f"--model.architecture={value[3:]}"]
+    return spelled
 
 
 def _model_name(arguments: Sequence[str]) -> str:

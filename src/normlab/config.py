@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 __all__ = [
     "DataConfig",
+    "HuggingFaceConfig",
     "InputError",
     "LSTMConfig",
     "LSTMSites",
@@ -37,6 +38,7 @@ __all__ = [
     "available_norms",
     "config_from_dict",
     "config_to_dict",
+    "model_label",
     "require_choice",
     "run_id",
 ]
@@ -319,8 +321,90 @@ class TransformerConfig:
         _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
 
 
-ModelConfig = LSTMConfig | TransformerConfig
-MODELS: dict[str, type[LSTMConfig] | type[TransformerConfig]] = {"lstm": LSTMConfig, "transformer": TransformerConfig}
+OWN_NORM = "own"
+"""Value of `HuggingFaceConfig.norm` that means: the norms that the architecture comes with."""
+
+
+@dataclass(frozen=True)
+class HuggingFaceConfig:
+    """An architecture of the transformers library, randomly initialized; its norms, or others in their place.
+
+    Vocabulary, special tokens and the number of positions come from the text; dropout and all sizes are the
+    architecture's own (those of gpt2: 124 million parameters) unless `overrides` say otherwise.
+
+    Args:
+        architecture: a model type, such as gpt2, llama or bert; or the path of a config.json, or of a folder that holds
+            one. A file is read at once: `architecture` becomes its model type, its other fields go into `from_file`, so
+            that the run's id and record hold what it said.
+        norm: own leaves the architecture's norms; a file name in normlab/norms is put in place of each of them.
+        norm_options: options of the norm.
+        swap: pattern of the names of the norms that are replaced, such as *.ln_1; the others stay.
+        overrides: fields of the architecture's config, such as n_layer, n_embd and n_head of gpt2.
+        from_file: as `overrides`, but those come first, and fields that the architecture does not have are no mistake.
+    """
+
+    name: Literal["hf"] = "hf"
+    architecture: str = ""
+    norm: str = OWN_NORM
+    norm_options: NormOptions = field(default_factory=NormOptions)
+    swap: str = "*"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    from_file: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.architecture != "", "model.architecture is empty; name one, such as --model hf:gpt2")
+        require_choice("norm", self.norm, (*available_norms(), OWN_NORM))
+        if self.norm == OWN_NORM:
+            given = [key for key, value in dataclasses.asdict(self.norm_options).items() if value is not None]
+            _require(
+                not given, f"model.norm_options.{' '.join(given)} is set, but norm {OWN_NORM} takes none; choose a norm"
+            )
+            _require(self.swap == "*", f"model.swap is {self.swap!r}, but norm {OWN_NORM} replaces none; choose a norm")
+        if "/" in self.architecture or self.architecture.endswith(".json"):
+            architecture, fields = _read_architecture(Path(self.architecture).expanduser())
+            object.__setattr__(self, "architecture", architecture)
+            object.__setattr__(self, "from_file", fields)
+        for key in TEXT_FIELDS:
+            _require(key not in self.overrides, f"model.overrides.{key} is decided by the text; leave it out")
+
+
+TEXT_FIELDS = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache")
+"""Fields of an architecture's config that the text decides."""
+
+_FILE_FACTS = ("architectures", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "auto_map")
+"""Fields of a config.json that say where it comes from, or in which precision it was saved."""
+
+
+def _read_architecture(path: Path) -> tuple[str, dict[str, Any]]:
+    """Model type and other fields of a config.json, without what the text decides."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the architecture {str(file)!r}: {error.strerror}; give a config.json") from None
+    except ValueError:
+        raise InputError(f"the architecture {file} is not JSON; give a config.json of transformers") from None
+    _require(
+        isinstance(values, dict) and isinstance(values.get("model_type"), str),
+        f"the architecture {file} has no model_type; give a config.json of transformers",
+    )
+    left_out = {"model_type", *TEXT_FIELDS, *_FILE_FACTS}
+    return values["model_type"], {key: value for key, value in values.items() if key not in left_out}
+
+
+ModelConfig = LSTMConfig | TransformerConfig | HuggingFaceConfig
+MODELS: dict[str, type[LSTMConfig] | type[TransformerConfig] | type[HuggingFaceConfig]] = {
+    "lstm": LSTMConfig,
+    "transformer": TransformerConfig,
+    "hf": HuggingFaceConfig,
+}
+
+
+def model_label(model: ModelConfig) -> str:
+    """What a model is called in ids and tags: its name, and of an architecture of transformers that too."""
+    if isinstance(model, HuggingFaceConfig):
+        return f"{model.name}_{re.sub(r'[^a-z0-9]+', '_', model.architecture.lower())}"
+    return model.name
 
 
 @dataclass(frozen=True)
@@ -470,10 +554,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be in [0, 2**32)")
-        if isinstance(self.model, TransformerConfig):
+        if not isinstance(self.model, LSTMConfig):
+            called = "transformer" if isinstance(self.model, TransformerConfig) else "model from transformers"
             _require(
                 self.data.stream == "windows",
-                "the transformer has no recurrent state to carry: use data.stream=windows",
+                f"the {called} has no recurrent state to carry: use data.stream=windows",
             )
 
 
@@ -488,7 +573,7 @@ def run_id(config: RunConfig) -> str:
     del deciding["output"]
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
     corpus = re.sub(r"[^a-z0-9]+", "_", Path(config.data.corpus).stem.lower()).strip("_") or "text"
-    return f"{config.model.name}-{config.model.norm}-{corpus[:24]}-s{config.seed}-{digest}"
+    return f"{model_label(config.model)}-{config.model.norm}-{corpus[:24]}-s{config.seed}-{digest}"
 
 
 def _deciding(part: Any) -> dict[str, Any]:
@@ -532,6 +617,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value not in options:
             require_choice(where, str(value), options)
         return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where} must be a mapping of fields, not {value!r}")
+        return dict(value)
     if origin in (types.UnionType, typing.Union):
         if value is None:
             return None

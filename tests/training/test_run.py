@@ -15,6 +15,7 @@ import torch
 import normlab
 from normlab.config import (
     DataConfig,
+    HuggingFaceConfig,
     InputError,
     LSTMConfig,
     OptimConfig,
@@ -326,7 +327,11 @@ def test_a_checkpoint_every_so_many_steps(tiny_run: Build, monkeypatch: pytest.M
 
 
 def test_the_models_fields_are_covered_by_their_own_tests():
-    for cls, file in ((LSTMConfig, "test_lstm"), (TransformerConfig, "test_transformer")):
+    for cls, file in (
+        (LSTMConfig, "test_lstm"),
+        (TransformerConfig, "test_transformer"),
+        (HuggingFaceConfig, "test_huggingface"),
+    ):
         text = "".join(path.read_text() for path in Path("tests/models").glob(f"{file}*.py"))
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in text and field.name != "name"]
         assert not missing

@@ -170,7 +170,7 @@ class TransformerModel(nn.Module):
             x_BTF = self.final_norm(x_BTF, mask_BT)
         if self.causal:
             return ModelOutput(self.head(x_BTF), None)
-        return ModelOutput(self.head(self.dropout(_mean_over_time(x_BTF, mask_BT))), None)
+        return ModelOutput(self.head(self.dropout(mean_over_time(x_BTF, mask_BT))), None)
 
     def _embed(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         x_BTF = self.token_embedding(tokens_BT)
@@ -185,7 +185,7 @@ class TransformerModel(nn.Module):
         return self.dropout(self.embedding_norm(x_BTF, mask_BT))
 
 
-def _mean_over_time(x_BTF: Tensor, mask_BT: Tensor | None) -> Tensor:
+def mean_over_time(x_BTF: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Mean of the real time steps, B x F; zeros for a row of nothing but padding."""
     if mask_BT is None:
         return x_BTF.mean(dim=1)

@@ -10,7 +10,7 @@ import shlex
 from rich.console import Console
 from rich.table import Table
 
-from normlab.config import RunConfig, run_id
+from normlab.config import HuggingFaceConfig, RunConfig, run_id
 from normlab.records.environment import program
 from normlab.records.record import RunRecord
 
@@ -102,7 +102,11 @@ def _norm(name: str, sites: dict[str, str]) -> str:
 
 def _model(config: RunConfig, results: dict[str, float | int | str]) -> str:
     model = config.model
-    shape = f"{model.name}, {model.layers} x {model.width}"
+    if isinstance(model, HuggingFaceConfig):
+        sizes = ", ".join(f"{key} {value}" for key, value in model.overrides.items() if isinstance(value, int))
+        shape = f"{model.architecture} of transformers" + (f" ({sizes})" if sizes else "")
+    else:
+        shape = f"{model.name}, {model.layers} x {model.width}"
     parameters = results.get("parameters")
     return shape if parameters is None else f"{shape}, {int(parameters):,} parameters"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from normlab.config import RunConfig, config_to_dict
+from normlab.config import RunConfig, config_to_dict, model_label
 from normlab.records.environment import program
 
 __all__ = ["WandbMirror"]
@@ -144,7 +144,7 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
         x_transaction_log_flush_interval=5.0,
     )
     corpus = Path(config.data.corpus).stem
-    tags = [config.model.norm, config.model.name, corpus, output.claim]
+    tags = [config.model.norm, model_label(config.model), corpus, output.claim]
     run = wandb.init(
         project=output.project,
         entity=output.entity or None,

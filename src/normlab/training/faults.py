@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from normlab.config import InputError, RunConfig
+from normlab.config import HuggingFaceConfig, InputError, RunConfig
 from normlab.data.prepared import PreparedText
 from normlab.norms.base import Norm
 from normlab.records.record import RunRecord
@@ -75,8 +75,13 @@ def explain(error: BaseException, record: RunRecord | None, config: RunConfig) -
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
     if out_of_memory:
-        batch_size, width = config.data.batch_size, config.model.width
-        return f"out of memory; lower data.batch_size (now {batch_size}), model.width (now {width}) or data.length"
+        batch_size, model = config.data.batch_size, config.model
+        size = (
+            "the sizes of model.overrides"
+            if isinstance(model, HuggingFaceConfig)
+            else f"model.width (now {model.width})"
+        )
+        return f"out of memory; lower data.batch_size (now {batch_size}), {size} or data.length"
     if record is None:
         return None
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

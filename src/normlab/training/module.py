@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from normlab.config import LSTMConfig, RunConfig
+from normlab.config import HuggingFaceConfig, LSTMConfig, RunConfig
 from normlab.data.batches import Batch
 from normlab.data.prepared import PreparedText
+from normlab.models.huggingface import HuggingFaceModel
 from normlab.models.lstm import LSTMState
 from normlab.models.lstm_model import LSTMModel
 from normlab.models.output import ModelOutput
@@ -33,6 +34,8 @@ def build_model(config: RunConfig, text: PreparedText) -> nn.Module:
     classes = len(text.classes) if text.classes is not None else None
     if isinstance(config.model, LSTMConfig):
         return LSTMModel(config.model, text.vocabulary, classes=classes, length=text.length)
+    if isinstance(config.model, HuggingFaceConfig):
+        return HuggingFaceModel(config.model, text.vocabulary, classes=classes, length=text.length)
     return TransformerModel(config.model, text.vocabulary, classes=classes, length=text.length)
 
 

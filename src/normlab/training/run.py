@@ -20,9 +20,10 @@ from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from normlab.config import InputError, RunConfig, run_id
+from normlab.config import HuggingFaceConfig, InputError, RunConfig, run_id
 from normlab.data.corpora import require_corpus
 from normlab.data.prepared import PreparedText, prepare
+from normlab.models.huggingface import require_architecture
 from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
@@ -65,6 +66,8 @@ def train(config: RunConfig) -> RunRecord:
         InputError: the config asks for something that cannot be done; one line says what and how to mend it.
     """
     require_corpus(config.data)
+    if isinstance(config.model, HuggingFaceConfig):
+        require_architecture(config.model)  # before the text is prepared
     first = is_first_process()
     console = Console(quiet=not first)
     text = prepare(config.data)
