@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from normlab.__main__ import main, parse_run
-from normlab.config import HuggingFaceConfig, TransformerConfig, available_norms
+from normlab.config import HuggingFaceConfig, TransformerConfig
 
 
 def test_short_flags_are_fields():
@@ -136,9 +136,3 @@ def test_help_names_every_norm_option_and_both_models(capsys: pytest.CaptureFixt
     assert "--model hf --help" in text
     for flag in ("--model.norm_options.eps", "--model.sites.hidden_to_hidden.gain", "--data.stream", "--resume"):
         assert flag in text
-
-
-def test_help_of_make_lists_all_norms_that_exist():
-    text = Path("Makefile").read_text()
-    listed = text.split("NORM    ")[1].split(" (")[0].split()
-    assert set(listed) - {"..."} <= set(available_norms())
