@@ -4,7 +4,8 @@
     python scripts/shipped_configs.py --dry-run  print the commands
 
 A run that is finished is not trained again, one that was interrupted goes on: the script can be stopped and started at
-any time. `--only WORD` takes the commands that contain the word.
+any time. `--only WORD` takes the commands that contain the word. A committed row stays until there is a record of its
+run here.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ COMMANDS = [
 COLUMNS: tuple[str, ...] = (
     "command",
     "norm", "model", "corpus", "seed", "outcome", "steps", "valid_loss_nats", "test_loss_nats",
-    "test_bits_per_char", "test_word_perplexity", "test_accuracy", "baseline", "tokens_per_second", "seconds",
+    "test_bits_per_char", "test_word_perplexity", "test_accuracy", "test_running_loss_nats", "baseline", "tokens_per_second", "seconds",
     "machine", "threads", "run", "commit",
 )  # fmt: skip
 
@@ -118,7 +119,9 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 def write_table() -> None:
     """results/configs.csv from the records, then the README's table from results/configs.csv."""
-    rows = [found for command in COMMANDS if (found := row(command)) is not None]
+    committed = {kept["command"]: kept for kept in read_table()} if TABLE.exists() else {}
+    found = [row(command) or committed.get(f"python -m normlab train {command}") for command in COMMANDS]
+    rows = [values for values in found if values is not None]
     TABLE.parent.mkdir(exist_ok=True)
     with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
