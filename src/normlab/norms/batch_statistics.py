@@ -110,8 +110,8 @@ class BatchStatisticsNorm(Norm, ABC):
             raise InputError("ghost_rows makes the statistics batch smaller, memory_batches larger; set one of them")
         if memory_batches and self.pool != "batch_time" and not self.per_step:
             raise InputError(
-                f"{self.name} cannot join batches with pool={self.pool}; use pool=batch_time, or bn_step, "
-                "which numbers its time steps"
+                f"{self.name} cannot join batches with pool={self.pool} (inside a recurrence there is no other); use "
+                "pool=batch_time in a Transformer, or bn_step, which numbers its time steps"
             )
         if memory_batches:  # the remembered batches do not scale and shift along
             self.scale_invariant = self.shift_invariant = False
