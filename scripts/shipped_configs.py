@@ -49,7 +49,8 @@ COMMANDS = [
 COLUMNS: tuple[str, ...] = (
     "command",
     "norm", "model", "corpus", "seed", "outcome", "steps", "valid_loss_nats", "test_loss_nats",
-    "test_bits_per_char", "test_word_perplexity", "test_accuracy", "test_running_loss_nats", "baseline", "tokens_per_second", "seconds",
+    "test_bits_per_char", "test_word_perplexity", "test_accuracy", "test_running_loss_nats", "baseline",
+    "tokens_per_second", "seconds",
     "machine", "threads", "run", "commit",
 )  # fmt: skip
 
