@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normlab.config import require_choice
 from normlab.norms.base import Step
-from normlab.norms.batch_statistics import BatchStatisticsNorm
+from normlab.norms.batch_statistics import BatchStatisticsNorm, as_it_stands
 from normlab.norms.moments import Moments, Prefix, distinct_steps, finite_square, grouped_moments
 
 
@@ -88,7 +88,7 @@ class StepBatchNorm(BatchStatisticsNorm):
         mean, var = self.stored_mean, self.stored_var
         assert mean is not None
         index = torch.arange(self.sets, device=self.seen.device)
-        nearest = torch.where(self.seen, index, 0).cummax(0).values
+        nearest = torch.where(as_it_stands(self.seen), index, 0).cummax(0).values
         slot = nearest[self.slot(step, columns)]
         return mean[slot], var[slot]
 
