@@ -36,6 +36,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerSites",
     "available_norms",
+    "check_norm_options",
     "config_from_dict",
     "config_to_dict",
     "model_label",
@@ -476,7 +477,7 @@ class TrainingConfig:
         steps: optimizer steps.
         valid_every: optimizer steps between validations.
         checkpoint_every: optimizer steps between checkpoints to resume from.
-        accumulate: micro-batches per optimizer step (batch norms still see one micro-batch).
+        accumulate: micro-batches per optimizer step (batch norms see one micro-batch, and `memory_batches` before it).
         precision: fp32, or bf16 (autocast; statistics stay fp32).
         accelerator: auto takes a GPU if there is one.
         devices: number of processes / GPUs.
@@ -574,6 +575,12 @@ def run_id(config: RunConfig) -> str:
     digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
     corpus = re.sub(r"[^a-z0-9]+", "_", Path(config.data.corpus).stem.lower()).strip("_") or "text"
     return f"{model_label(config.model)}-{config.model.norm}-{corpus[:24]}-s{config.seed}-{digest}"
+
+
+def check_norm_options(options: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a value that `NormOptions` would refuse; other names are not looked at."""
+    names = {f.name for f in dataclasses.fields(NormOptions)}
+    _build(NormOptions, {name: value for name, value in options.items() if name in names}, "model.norm_options")
 
 
 def _deciding(part: Any) -> dict[str, Any]:

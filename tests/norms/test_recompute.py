@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from variants import F, build, sample
 
 import normlab
-from normlab.config import InputError, LSTMConfig, NormOptions, TransformerConfig, available_norms
+from normlab.config import (
+    InputError,
+    LSTMConfig,
+    LSTMSites,
+    NormOptions,
+    SiteConfig,
+    TransformerConfig,
+    available_norms,
+)
 from normlab.data.batches import Batch
 from normlab.models.lstm_model import LSTMModel
 from normlab.models.transformer import TransformerModel
@@ -61,6 +69,7 @@ def test_it_is_exact(name: str, options: dict[str, Any]) -> None:
     before = copy.deepcopy(norm)
     gaps = recompute_statistics(norm, works)
     mean, var = stored(norm)
+    counted = 0
     for slot in range(norm.sets):
         steps = [slot] if norm.per_step else range(6)
         if norm.per_step and norm.beyond == "pooled" and slot == norm.max_steps:
@@ -77,12 +86,13 @@ def test_it_is_exact(name: str, options: dict[str, Any]) -> None:
             assert mean is None or mean[slot].equal(old_mean[slot])
             assert var[slot].equal(old_var[slot])
             continue
+        counted += len(entries)
         exact_mean, exact_var = moments_of(entries, norm.centered)
         torch.testing.assert_close(var[slot], exact_var, rtol=1e-10, atol=1e-12)
         if mean is not None:
             torch.testing.assert_close(mean[slot], exact_mean, rtol=1e-10, atol=1e-12)
     assert set(gaps) == {""}
-    assert gaps[""].entries == sum(int(mask.sum()) for _, mask in works)
+    assert gaps[""].entries == counted
     again = recompute_statistics(norm, works)[""]
     assert again.mean < 1e-7
     assert again.std < 1e-7
@@ -100,6 +110,17 @@ def test_the_gap_is_what_it_says() -> None:
     torch.testing.assert_close(norm.running_var, entries.var(0))
 
 
+def test_the_gap_of_a_time_step_never_seen_is_to_what_stood_in_for_it() -> None:
+    x = sample(0, 400, 6, F)
+    for seen in (6, 3):  # time steps do not differ, so neither does the gap
+        norm: Any = normlab.build_norm("bn_step", F, max_steps=8).double()
+        norm(x[:200, :seen])
+        gap = recompute_statistics(norm, [x[200:]])[""]
+        assert gap.mean < 0.2
+        assert gap.std < 0.2
+        assert gap.entries == 1200
+
+
 def models() -> dict[str, nn.Module]:
     torch.manual_seed(0)
     found: dict[str, nn.Module] = {}
@@ -108,6 +129,10 @@ def models() -> dict[str, nn.Module]:
         found[f"lstm {name}"] = LSTMModel(lstm, 11, classes=None, length=6).double()
         both = LSTMConfig(norm=name, width=8, layers=2, dropout=0.3, bidirectional=True)
         found[f"lstm both ways {name}"] = LSTMModel(both, 11, classes=3, length=6).double()
+        for cell in ("none", "ln"):
+            sites = LSTMSites(cell=SiteConfig(norm=cell))
+            mixed = LSTMConfig(norm=name, sites=sites, width=8)
+            found[f"lstm, {cell} at the cell, {name}"] = LSTMModel(mixed, 11, classes=None, length=6).double()
         transformer = TransformerConfig(norm=name, width=16, layers=2, dropout=0.3, norm_options=NormOptions())
         found[f"transformer {name}"] = TransformerModel(transformer, 11, classes=None, length=6).double()
     return found
@@ -145,6 +170,7 @@ def test_every_site_of_a_model_gets_the_moments_of_what_it_sees(key: str) -> Non
     for batch in tokens():
         twin(batch.tokens_BT, batch.mask_BT)
     assert set(gaps) == set(seen)
+    assert all(gap.entries > 0 for gap in gaps.values())
     for name, norm in model.named_modules():
         if isinstance(norm, BatchStatisticsNorm):
             mean, var = stored(norm)

@@ -307,6 +307,8 @@ def test_power_norms_running_product_follows_the_paper() -> None:
     x = sample().requires_grad_()
     target = sample(3)
     (norm(x, MASK) * target)[MASK].sum().backward()
+    assert norm.nu.equal(nu)
+    norm(sample(8))  # the next sequence takes it in
     hat, grad = (x.detach() / psi)[MASK], (target * norm.weight.detach())[MASK]
     count = MASK.sum()
     product, square = (grad * hat).sum(0) / count, hat.square().sum(0) / count
@@ -334,3 +336,17 @@ def test_regularized_batch_norm_gives_the_published_penalty() -> None:
     with GatheredPenalties(model.eval()) as gathered:
         norm(x, MASK)
     assert gathered.total() is None
+
+
+def test_power_norm_in_a_recurrence_moves_its_product_once_a_sequence() -> None:
+    whole: Any = build("pn", {"warmup": 0})
+    parts: Any = copy.deepcopy(whole)
+    x, target = sample().requires_grad_(), sample(3)
+    (whole(x) * target).sum().backward()
+    y = torch.cat([parts.normalize(column, None, t)[0] for t, column in enumerate(x.split(1, 1))], 1)
+    (y * target).sum().backward()
+    torch.testing.assert_close(parts.gathered, whole.gathered)
+    for norm in (whole, parts):
+        norm(sample(8))
+    torch.testing.assert_close(parts.nu, whole.nu)
+    assert whole.nu.abs().max() > 0

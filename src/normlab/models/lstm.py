@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -17,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from normlab.config import InputError, LSTMSites, NormOptions, require_choice
 from normlab.models.sites import NormFactory
 from normlab.norms.base import Norm, Step
-from normlab.norms.moments import Prefix, distinct_steps, several_processes
+from normlab.norms.moments import Prefix, distinct_steps, longest, several_processes
 from normlab.recurrence.reference import SiteCarry, SiteNorms, Weights, lstm_layer, reverse_valid
 
 Carry = tuple[SiteCarry, ...]
@@ -97,10 +96,11 @@ class LSTM(nn.LSTM):
         norm: the norm at each site that does not name another.
         norm_options: options of the norm.
         sites: what stands at each site; None puts `norm` at all of them.
-        causal: outputs must not depend on later inputs, in training either. False lets batch statistics of the
-            input projection pool over time.
+        causal: outputs must not depend on later inputs, in training either. False lets statistics of the input
+            projection pool over time by default (batch norms and `inorm`).
         backend: "auto" takes torch's fused kernel if every site is bare; "reference" always the plain loop.
-        max_steps: time steps with stored statistics of their own, for norms that keep them.
+        max_steps: time steps with stored statistics of their own, for norms that keep them, unless
+            `norm_options.max_steps` says another; later ones share a set (`norm_options.beyond`).
 
     Raises:
         InputError: unknown norm, backend or option.
@@ -320,6 +320,4 @@ def _to_longest(x_TBF: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """Pad to the longest T of all processes: they share statistics at every time step, so all must take every one."""
     if lengths is None:
         lengths = torch.full((x_TBF.shape[1],), len(x_TBF), device=x_TBF.device)
-    longest = torch.tensor(len(x_TBF), device=x_TBF.device)
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    return F.pad(x_TBF, (0, 0, 0, 0, 0, int(longest) - len(x_TBF))), lengths
+    return F.pad(x_TBF, (0, 0, 0, 0, 0, longest(len(x_TBF), x_TBF.device) - len(x_TBF))), lengths

@@ -22,7 +22,8 @@ class LSTMModel(nn.Module):
         config: the architecture.
         vocab_size: number of symbols V.
         classes: number of classes C; None makes a language model.
-        length: training length in tokens: the number of time steps with stored statistics of their own.
+        length: training length in tokens: unless `norm_options.max_steps` says another, the number of time steps with
+            stored statistics of their own.
 
     Raises:
         InputError: bidirectional language model; tied embeddings in a classifier.

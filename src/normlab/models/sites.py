@@ -65,8 +65,8 @@ class NormFactory:
         norm = build_norm(name, dim, causal=self.causal, bias=bias, gain=gain, **options)
         if asked is not None and norm.weight is None:
             raise InputError(
-                f"model.sites.{site}.gain is set, but {name} has no gain there (model.norm_options.affine="
-                f"{str(options.get('affine')).lower()}); set it to null"
+                f"model.sites.{site}.gain is set, but {name} has no gain there"
+                f"{'; set model.norm_options.affine=true, or the gain' if 'affine' in takes else '; set it'} to null"
             )
         norm.site = site
         return norm

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from normlab.models.lookalikes import Lookalike, recognize
 from normlab.models.padding import Adapter, Pooling, Streams, listen, pooling
 from normlab.norms import build_norm, norm_options
 from normlab.norms.base import Norm
+from normlab.norms.recompute import at_rest
 
 __all__ = ["SwapReport", "SwapRow", "reads_ahead", "swap_norms"]
 
@@ -268,7 +268,7 @@ def reads_ahead(model: nn.Module) -> bool:
     Raises:
         InputError: it cannot be found out: the model does not take token ids, or has no output per token.
     """
-    with _at_rest(model), torch.no_grad():
+    with at_rest(model), torch.no_grad():
         return _reads_ahead(_Tokens(model))
 
 
@@ -281,7 +281,7 @@ def _observe(model: nn.Module, norms: dict[str, nn.Module]) -> _Seen:
             encoder = {id(part) for part in model.get_encoder().modules()}  # pyright: ignore[reportCallIssue]
             decoder = model.get_decoder().modules()  # pyright: ignore[reportCallIssue]
             encoder -= {id(part) for part in decoder}
-        with _at_rest(model), torch.no_grad():
+        with at_rest(model), torch.no_grad():
             time = _time_dimensions(tokens, norms)
             causal = not _reads_ahead(tokens)
     except Exception as error:  # a model may fail in any way on tokens it was not made for
@@ -388,16 +388,3 @@ def _note(shapes: dict[str, torch.Size], name: str) -> Callable[[nn.Module, tupl
             shapes[name] = args[0].shape
 
     return note
-
-
-@contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards the modes and the random state are as before."""
-    training = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng(devices=[]):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode

@@ -6,7 +6,7 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from normlab.config import InputError, available_norms, require_choice
+from normlab.config import InputError, available_norms, check_norm_options, require_choice
 
 if TYPE_CHECKING:
     from normlab.norms.base import Norm
@@ -43,13 +43,14 @@ def build_norm(name: str, dim: int, *, causal: bool = True, **options: Any) -> N
         options: keyword arguments of the norm's class, such as affine, bias, gain, eps.
 
     Raises:
-        InputError: unknown norm or option.
+        InputError: unknown norm or option, or a value that cannot be.
     """
     cls = norm_class(name)
     known = norm_options(name)
     for option in options:
         if option not in known:
             raise InputError(f"{name} has no option {option!r}; it takes: {', '.join(known)}")
+    check_norm_options(options)
     if "causal" in _keywords(cls):
         options["causal"] = causal
     return cls(dim, **options)

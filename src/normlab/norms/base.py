@@ -36,6 +36,9 @@ class Shares(NamedTuple):
 class Norm(nn.Module, ABC):
     """A normalization of B x T x F tensors over some set of entries.
 
+    Finite input up to 1e30 in magnitude gives finite output and no NaN in gradients (beyond, sums and squares leave
+    fp32, as in torch's own norms).
+
     Declared properties (contract tests check them in both directions); an option may decide one: then it is set per
     instance.
 

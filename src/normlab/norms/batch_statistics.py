@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.config import InputError, require_choice
@@ -18,9 +19,11 @@ from normlab.norms.moments import (
     Prefix,
     for_statistics,
     grouped_moments,
+    longest,
     moments,
     pooled,
     prefix_moments,
+    several_processes,
     zero_padding,
 )
 
@@ -140,6 +143,17 @@ class BatchStatisticsNorm(Norm, ABC):
         """What is done to each entry before statistics are taken."""
         return x
 
+    def forward(self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0) -> Tensor:
+        """As `Norm.forward`; processes whose batches have unlike numbers of time steps take the longest of them."""
+        columns = x_BTF.shape[1]
+        together = self.training and x_BTF.ndim == 3 and self.pool != "batch_time" and several_processes()
+        beyond = longest(columns, x_BTF.device) - columns if together else 0
+        if beyond:
+            if mask_BT is None:
+                mask_BT = torch.ones(x_BTF.shape[:2], dtype=torch.bool, device=x_BTF.device)
+            x_BTF, mask_BT = F.pad(x_BTF, (0, 0, 0, beyond)), F.pad(mask_BT, (0, beyond))
+        return super().forward(x_BTF, mask_BT, step)[:, :columns]
+
     def normalize(
         self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0, carry: Prefix | None = None
     ) -> tuple[Tensor, Moments | None, Prefix | None]:
@@ -149,7 +163,8 @@ class BatchStatisticsNorm(Norm, ABC):
             return self.standardize(x, *self.stored(step, columns)), None, None
         self.require_rows(x, rows if self.pool == "batch" else rows * columns)
         batch, to_store, carry = self.batch_statistics(x, mask_BT, step, carry)
-        if mask_BT is not None or self.pool == "prefix" or (self.per_step and isinstance(step, Tensor)):
+        per_row = self.per_step and isinstance(step, Tensor)
+        if mask_BT is not None or self.pool == "prefix" or self.ghost_rows is not None or per_row:
             mean, var = self.stored(step, columns)
             enough = batch.count > 1
             batch = Moments(

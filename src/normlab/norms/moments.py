@@ -221,6 +221,22 @@ def prefix_moments(
     return Moments(joint, total(count * (var + finite_square(mean - joint))) / divisor, rows), after
 
 
+def longest(columns: int, device: torch.device) -> int:
+    """The largest number of columns in any process: those that share statistics per column must all take every one."""
+    found = torch.tensor(columns, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+def processes_with(flag: bool, device: torch.device) -> tuple[int, int]:
+    """In how many processes `flag` is True, and how many there are; all must call it."""
+    if not several_processes():
+        return int(flag), 1
+    count = torch.tensor(int(flag), device=device)
+    dist.all_reduce(count)
+    return int(count), dist.get_world_size()
+
+
 def distinct_steps(step_B: Tensor) -> Tensor:
     """The distinct time steps among the rows of all processes, ascending."""
     distinct = torch.unique(step_B)

@@ -13,26 +13,22 @@ from normlab.norms.moments import Moments, for_statistics, sum_over_processes
 
 
 class _PowerFunction(torch.autograd.Function):
-    """x * scale; backward as algorithm 2 of the paper, which also moves the running product `nu`."""
+    """x * scale; backward as algorithm 2 of the paper, which also gathers what the running product `nu` moves by."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, keep: Tensor, nu: Tensor, momentum: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: Tensor, keep: Tensor, nu: Tensor, gathered: Tensor) -> Tensor:
         y = x * scale
         ctx.save_for_backward(y, scale, keep)
-        ctx.nu, ctx.momentum = nu, momentum
+        ctx.nu, ctx.gathered = nu, gathered
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y, scale, keep = ctx.saved_tensors
-        nu = ctx.nu
         grad = torch.where(keep > 0, grads[0], 0)
-        grad_x = (grad - nu * y) * scale * keep
+        grad_x = (grad - ctx.nu * y) * scale * keep
         totals = torch.stack([(grad * y).sum((0, 1)), (keep * y.square()).sum((0, 1)), keep.sum().expand(y.shape[-1])])
-        product, square, count = sum_over_processes(totals)
-        rate = ctx.momentum / count.clamp(min=1)
-        moved = nu * (1 - rate * square) + rate * product
-        nu.copy_(torch.where(moved.isfinite(), moved, nu))
+        ctx.gathered.add_(sum_over_processes(totals))
         return grad_x, None, None, None, None
 
 
@@ -41,10 +37,11 @@ class PowerNorm(BatchStatisticsNorm):
     """y = x / psi * weight + bias, psi^2 = the running mean square + eps, in training too.
 
     Backward, with hat = x / psi and g = dL/dhat: dL/dx = (g - nu * hat) / psi, then
-    nu <- nu * (1 - momentum * mean(hat^2)) + momentum * mean(g * hat), means over all valid entries. This is not the
-    derivative of the forward pass. For the first `warmup` updates psi is that of the batch (as `pnv`; backward as
-    always). The authors' code divides by the batch's psi in backward; the paper, and this class, by the one of the
-    forward pass. Second derivatives are not to be had. `shares` is that of the warm-up; later no row sees another.
+    nu <- nu * (1 - momentum * mean(hat^2)) + momentum * mean(g * hat), means over all valid entries of the sequence (in
+    a recurrence of all its time steps); nu moves when the next sequence is stored. This is not the derivative of the
+    forward pass. For the first `warmup` updates psi is that of the batch (as `pnv`; backward as always). The authors'
+    code divides by the batch's psi in backward; the paper, and this class, by the one of the forward pass. Second
+    derivatives are not to be had. `shares` is that of the warm-up; later no row sees another.
 
     Args:
         warmup: updates with the batch's own mean square (theirs: 4,000 or more; the default is for runs of hundreds
@@ -62,6 +59,7 @@ class PowerNorm(BatchStatisticsNorm):
     fixed_options = frozenset({"unbiased"})  # a mean square has no Bessel correction
 
     nu: Tensor
+    gathered: Tensor
     updates: Tensor
 
     def __init__(self, dim: int, *, warmup: int = 100, group_scaling: int | None = None, **shared: Any) -> None:
@@ -73,6 +71,7 @@ class PowerNorm(BatchStatisticsNorm):
             self.shares = self.shares._replace(features="group")
             self.scale_invariant = True
         self.register_buffer("nu", torch.zeros(dim))
+        self.register_buffer("gathered", torch.zeros(3, dim))  # sums of g * hat, of hat^2, and their count
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     def prepare(self, x: Tensor) -> Tensor:
@@ -82,12 +81,17 @@ class PowerNorm(BatchStatisticsNorm):
         x_hat = for_statistics(x)
         square = torch.where(as_it_stands(self.updates) < self.warmup, batch.var.detach(), self.stored_var)
         keep = torch.ones_like(x_hat[..., :1]) if mask_BT is None else mask_BT.unsqueeze(-1).to(x_hat.dtype)
-        x_hat = _PowerFunction.apply(x_hat, torch.rsqrt(square + self.eps), keep, self.nu, self.momentum)
+        x_hat = _PowerFunction.apply(x_hat, torch.rsqrt(square + self.eps), keep, self.nu, self.gathered)
         return self.gain_and_bias(x_hat, x.dtype)  # pyright: ignore[reportArgumentType]
 
     def update(self, statistics: Moments, step: Step) -> None:
         super().update(statistics, step)
         self.updates.add_(1)
+        product, square, count = self.gathered
+        rate = self.momentum / count.clamp(min=1)
+        moved = self.nu * (1 - rate * square) + rate * product
+        self.nu.copy_(torch.where(moved.isfinite(), moved, self.nu))
+        self.gathered.zero_()
 
     def extra_repr(self) -> str:
         scaling = "" if self.group_scaling is None else f", group_scaling={self.group_scaling}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ from torch import nn
 
 from normlab.config import InputError
 from normlab.norms.batch_statistics import BatchStatisticsNorm
-from normlab.norms.moments import Moments
+from normlab.norms.moments import Moments, processes_with
 
-__all__ = ["StatisticsGap", "recompute_statistics", "stores_statistics"]
+__all__ = ["StatisticsGap", "at_rest", "recompute_statistics", "stores_statistics"]
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,10 @@ class StatisticsGap:
     """How far one site's stored values were from the re-estimated ones (over stored sets and features).
 
     Attributes:
-        mean: mean of |mean_stored - mean| / sigma (0 for a norm that does not centre).
+        mean: mean of |mean_stored - mean| / sigma (0 for a norm that does not centre); a set that training never
+            updated counts with the one that evaluation took in its place.
         std: mean of |sigma_stored / sigma - 1|, sigma = sqrt(var + eps).
-        entries: what the estimate rests on, summed over stored sets.
+        entries: what the estimate rests on, summed over those sets.
         sets: stored sets that were estimated anew; others saw fewer than 2 entries and keep what they had.
     """
 
@@ -52,8 +53,9 @@ def recompute_statistics(
     included, is afterwards as it was, bit by bit; if a batch fails, so are the stored statistics.
 
     Args:
-        batches: the inputs, of the composition used in training. A tensor is passed to `model` alone, a mapping by
-            keywords, a tuple or list by position; a batch of normlab's loaders by its tokens and mask.
+        batches: the inputs, of the composition used in training; as many in each process, and of 2 rows or more where
+            a norm needs them. A tensor is passed to `model` alone, a mapping by keywords, a tuple or list by position
+            (labels too: see `forward`); a batch of normlab's loaders by its tokens and mask.
         forward: takes one batch through the model, where the above does not fit.
 
     Returns:
@@ -61,7 +63,7 @@ def recompute_statistics(
         stores any.
 
     Raises:
-        InputError: `batches` is empty.
+        InputError: `batches` is empty, or one process has more of them than another.
     """
     norms = {name: part for name, part in model.named_modules() if isinstance(part, BatchStatisticsNorm)}
     if not norms:
@@ -69,14 +71,12 @@ def recompute_statistics(
     run = forward or (lambda batch: _call(model, batch))
     count = 0
     with ExitStack() as stack:
-        stack.enter_context(_modes_kept(model))
-        stack.enter_context(_random_state_kept())
-        model.eval()
+        stack.enter_context(at_rest(model))
         for norm in norms.values():
             norm.train()
             norm.begin_collecting()
             stack.callback(setattr, norm, "collected", None)
-        for batch in batches:
+        for batch in _in_step(batches, next(iter(norms.values())).running_var.device):
             run(batch)
             count += 1
         if count == 0:
@@ -101,31 +101,48 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(*batch)
 
 
+def _in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """The batches; processes that share statistics must all have one more, or none."""
+    rest = iter(batches)
+    while True:
+        batch = next(rest, _NO_BATCH)
+        have, processes = processes_with(batch is not _NO_BATCH, device)
+        if have not in (0, processes):
+            raise InputError(
+                f"recompute_statistics got one more batch in {have} of {processes} processes; give each as many"
+            )
+        if batch is _NO_BATCH:
+            return
+        yield batch
+
+
+_NO_BATCH = object()
+
+
 @contextmanager
-def _modes_kept(model: nn.Module) -> Any:
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards the modes and the random state are as before."""
     modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _random_state_kept() -> Any:
     with torch.random.fork_rng():  # all CUDA devices too
-        yield
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def _gap(norm: BatchStatisticsNorm, exact: Moments) -> StatisticsGap:
     known = exact.count.squeeze(-1) > 1
     if not bool(known.any()):
         return StatisticsGap(0.0, 0.0, 0, 0)
+    # As evaluation would use them: a time step never updated takes an earlier one's.
+    stored_mean, stored_var = (
+        None if value is None else value.double().reshape(-1, norm.dim).expand(norm.sets, -1)[known]
+        for value in norm.stored(0, norm.sets)
+    )
+    assert stored_var is not None
     sigma = (norm.unbias(exact).var[known] + norm.eps).sqrt()
-    stored_sigma = (norm.running_var.view(norm.sets, -1)[known].double() + norm.eps).sqrt()
-    mean = 0.0
-    if norm.running_mean is not None:
-        stored_mean = norm.running_mean.view(norm.sets, -1)[known].double()
-        mean = float(((stored_mean - exact.mean[known]).abs() / sigma).mean())
-    std = float((stored_sigma / sigma - 1).abs().mean())
-    return StatisticsGap(mean, std, int(exact.count.sum()), int(known.sum()))
+    mean = 0.0 if stored_mean is None else float(((stored_mean - exact.mean[known]).abs() / sigma).mean())
+    std = float(((stored_var + norm.eps).sqrt() / sigma - 1).abs().mean())
+    return StatisticsGap(mean, std, int(exact.count[known].sum()), int(known.sum()))

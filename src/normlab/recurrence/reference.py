@@ -114,9 +114,9 @@ def lstm_layer(
         else:
             h, c = torch.where(keep_B1, new_h, h), torch.where(keep_B1, new_c, c)
         outputs.append(h)
-    if norms.cell.training:
-        hidden_site.store()
-        cell_site.store()
+    # A norm in evaluation gave them nothing to store.
+    hidden_site.store()
+    cell_site.store()
     out_TBP = torch.stack(outputs)
     if mask_BT is not None:
         out_TBP = out_TBP.masked_fill(~mask_BT.t().unsqueeze(-1), 0)

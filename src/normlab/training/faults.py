@@ -10,6 +10,7 @@ import torch
 from normlab.config import HuggingFaceConfig, InputError, RunConfig
 from normlab.data.prepared import PreparedText
 from normlab.norms.base import Norm
+from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.records.record import RunRecord
 from normlab.training.module import TextModule
 
@@ -44,6 +45,13 @@ def require_rows(module: TextModule, batch_size: int, config: RunConfig) -> None
             f"data.batch_size (now {config.data.batch_size}), lower data.length if the text is short, or use a norm "
             "that works at batch 1"
         )
+    for part in module.modules():
+        ghost = part.ghost_rows if isinstance(part, BatchStatisticsNorm) else None
+        if ghost is not None and ghost > batch_size:
+            raise InputError(
+                f"model.norm_options.ghost_rows is {ghost}, but a batch has {batch_size} rows per process; lower it, "
+                "or raise data.batch_size"
+            )
 
 
 def require_same_text(record: RunRecord, text: PreparedText) -> None:

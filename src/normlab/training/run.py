@@ -79,7 +79,7 @@ def train(config: RunConfig) -> RunRecord:
         else:
             require_same_text(existing, text)
             if existing.outcome().state in ("finished", "diverged"):
-                console.print("this run has ended already; --output.fresh true trains it again", highlight=False)
+                console.print(f"this run has ended already{_older(existing)}; --output.fresh true trains it again")
                 return existing
     pl.seed_everything(config.seed, verbose=False)
     if config.training.threads:
@@ -298,6 +298,12 @@ class _Run:
                     f"warning: with training.accumulate {accumulate} the batch statistics still see {rows} rows, "
                     f"the gradient {gradient_rows}{f'; {more}' if rows == own_rows else ''}"
                 )
+        longest = max((getattr(part, "warmup", 0) for part in self.module.modules()), default=0)
+        if longest >= self.config.training.steps:
+            self._say(
+                f"warning: the norm warms up for {longest} updates (model.norm_options.warmup), and this run has "
+                f"{self.config.training.steps} steps: it never does what it is for"
+            )
         leaks = leak_facts(self.module)
         if leaks:
             environment["leaks"] = leaks
@@ -307,6 +313,14 @@ class _Run:
             kept = ("machine", "versions", "git")
             environment["begun_with"] = before.get("begun_with", {name: before[name] for name in kept})
         self.record.write_environment(environment)
+
+
+def _older(record: RunRecord) -> str:
+    """What an ended record lacks that this version would have written; empty if nothing."""
+    wanted = record.config.training.recompute_batches and "statistics_batch_rows" in record.environment()
+    if wanted and record.outcome().state == "finished" and "recomputed_batches" not in record.outcome().results:
+        return ", and was tested with running averages alone"
+    return ""
 
 
 @contextmanager
