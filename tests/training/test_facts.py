@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,3 +111,28 @@ def test_only_a_language_model_leaks(tiny_run: Build, tiny_labels: Path):
     # Inside a recurrence later time steps are not computed yet.
     lstm = module_of(tiny_run(**{**LEAKY, "model": "lstm"}))
     assert set(leak_facts(lstm)) == {"input_to_hidden"}
+
+
+def test_ghosts_larger_than_a_batch_are_refused(tiny_run: Build):
+    with pytest.raises(InputError, match="ghost_rows is 9, but a batch has 8 rows per process"):
+        train(tiny_run(model__norm="bn", model__norm_options__ghost_rows=9))
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said(tiny_run: Build, capsys: pytest.CaptureFixture[str]):
+    train(tiny_run(model__norm="brn"))
+    said = "warning: the norm warms up for 100 updates (model.norm_options.warmup), and this run has 10 steps"
+    assert said in " ".join(capsys.readouterr().out.split())
+    train(tiny_run(model__norm="brn", model__norm_options__warmup=2))
+    assert "warms up" not in capsys.readouterr().out
+
+
+def test_a_record_from_before_re_estimation_says_so(tiny_run: Build, capsys: pytest.CaptureFixture[str]):
+    record = train(tiny_run(model__norm="bn"))
+    outcome = json.loads((record.folder / "outcome.json").read_text())
+    train(tiny_run(model__norm="bn"))
+    assert "running averages alone" not in capsys.readouterr().out
+    del outcome["results"]["recomputed_batches"]
+    (record.folder / "outcome.json").write_text(json.dumps(outcome))
+    train(tiny_run(model__norm="bn"))
+    said = "this run has ended already, and was tested with running averages alone; --output.fresh true trains it again"
+    assert said in " ".join(capsys.readouterr().out.split())

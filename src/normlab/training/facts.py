@@ -63,8 +63,8 @@ def statistics_rows(module: TextModule, batch_size: int, processes: int) -> int 
             continue
         ghost = part.ghost_rows if isinstance(part, BatchStatisticsNorm) else None
         memory = part.memory_batches if isinstance(part, BatchStatisticsNorm) else 0
-        # Ghosts are cut within each process.
-        rows.append(batch_size * processes * (1 + memory) if ghost is None else ghost)
+        # Ghosts are cut within each process; a batch smaller than one is one.
+        rows.append(batch_size * processes * (1 + memory) if ghost is None else min(ghost, batch_size))
     return min(rows, default=None)
 
 
