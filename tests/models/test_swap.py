@@ -18,6 +18,7 @@ from torch.nn import functional
 
 import normlab
 from normlab.config import InputError, available_norms
+from normlab.models.padding import pooling
 from normlab.models.swap import SwapReport, reads_ahead, swap_norms
 from normlab.norms import build_norm
 from normlab.norms.base import Norm
@@ -231,6 +232,38 @@ def test_a_forward_pass_that_fails_leaves_no_mask_behind():
         model(tokens + V, attention_mask=mask)
     model.transformer.h[0](torch.randn(2, 4, WIDTH))
     assert seen["transformer.h.0.ln_1"][1] is None
+
+
+@pytest.mark.parametrize("pool", [None, "batch", "batch_time", "prefix", "step", "time"])
+@every_norm
+def test_what_a_norm_pools_over_is_as_it_behaves(norm: str, pool: str | None):
+    options = {"groups": 4} if norm == "gn" else {}
+    try:
+        new = build_norm(norm, 8, pool=pool, **options) if pool else build_norm(norm, 8, **options)
+    except InputError:
+        pytest.skip(f"{norm} has no pool {pool}")
+    x_BTF, other_BTF = torch.randn(2, 3, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other_BTF = torch.cat((x_BTF[:, :1], other_BTF[:, 1:2], x_BTF[:, 2:]), 1)
+    other_BTF[1:] = x_BTF[1:]
+    for training in (True, False):
+        y, other = (copy.deepcopy(new).double().train(training)(x).detach() for x in (x_BTF, other_BTF))
+        changed_BT = (y - other).abs().amax(-1) > 1e-9
+        over_time, over_rows = bool(changed_BT[0, [0, 2, 3]].any()), bool(changed_BT[1:].any())
+        found = pooling(new)
+        assert (found.training if training else found.evaluation) == over_time
+        assert found.context or not (over_time or over_rows)
+
+
+@every_norm
+def test_swapping_runs_no_new_norm(norm: str, monkeypatch: pytest.MonkeyPatch):
+    """A norm that synchronizes would wait for processes that do not swap."""
+
+    def run(*given: Any) -> Tensor:
+        raise AssertionError("a norm ran")
+
+    model = build("bert")
+    monkeypatch.setattr(Norm, "forward", run)
+    assert swap_norms(model, norm).rows
 
 
 def test_a_mask_that_does_not_say_what_is_padding_is_refused():
