@@ -127,7 +127,7 @@ class Listener:
         mask_BL = _real(given)
         if self.begins:
             tokens = next((given[name] for name in TOKENS if isinstance(given.get(name), Tensor)), None)
-            rows, time = (None, None) if tokens is None else tokens.shape[:2]
+            rows, time = (None, None) if tokens is None else _rows_and_time(tokens)
             readable = mask_BL is not None or not _masked(given)
             return Stream(rows, time, mask_BL, _cached(given.get("past_key_values")), readable)
         if around is None:
@@ -135,6 +135,13 @@ class Listener:
         if mask_BL is not None and around.mask_BL is None and around.fits(mask_BL):
             return Stream(around.rows, around.time, mask_BL, around.past)
         return around
+
+
+def _rows_and_time(tokens: Tensor) -> tuple[int, int]:
+    """B and T of ids B x T, embeddings B x T x F, or embeddings T x F, which torch.nn.Transformer takes as one row."""
+    if tokens.ndim == 2 and tokens.is_floating_point():
+        return 1, tokens.shape[0]
+    return tokens.shape[0], tokens.shape[1]
 
 
 def _masked(given: dict[str, Any]) -> bool:
@@ -148,6 +155,8 @@ def _real(given: dict[str, Any]) -> Tensor | None:
         return mask != 0
     for name in PADDING_MASKS:
         mask = given.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 1:  # of one row without a dimension for rows
+            mask = mask[None]
         if isinstance(mask, Tensor) and mask.ndim == 2:
             return ~mask if mask.dtype == torch.bool else mask == 0
     return None
