@@ -36,6 +36,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "t5": {"num_layers": 2, "d_model": WIDTH, "num_heads": 2, "d_kv": 16, "d_ff": 64, "dropout_rate": 0.0},
 }
 
+WHISPER = {"encoder_layers": 1, "decoder_layers": 1, "d_model": WIDTH, "encoder_attention_heads": 2}
+
 
 def config(architecture: str = "gpt2", **fields: Any) -> HuggingFaceConfig:
     return HuggingFaceConfig(**{"architecture": architecture, "overrides": SIZES.get(architecture, {}), **fields})
@@ -196,7 +198,20 @@ def test_positions_reach_as_far_as_the_text():
         ),
         (config("gpt2", overrides={**GPT2, "n_layer": "x"}), None, "expected int, got str"),
         (config("gpt2", overrides={**GPT2, "n_head": 3}), None, "must be divisible by num_heads"),
+        (
+            config("gpt2", overrides={**GPT2, "n_embd": -4}),
+            None,
+            "cannot build gpt2: Trying to create tensor with negative dimension -4: [21, -4]; check model.overrides",
+        ),
+        (
+            config("gpt2", overrides={**GPT2, "activation_function": "foo"}),
+            None,
+            "cannot build gpt2: KeyError: 'foo'; check model.overrides",
+        ),
+        (config("bert", overrides={**LLAMA, "type_vocab_size": 0}), 2, "bert cannot read 12 tokens: index_select()"),
         (config("clip"), 2, "reads more than text"),
+        (config("whisper", overrides=WHISPER), 2, "whisper reads more than text; name an architecture for text alone"),
+        (config("vilt", overrides=LLAMA), 2, "vilt reads more than text; name an architecture for text alone"),
         (config("gpt2", norm="gn", norm_options=NormOptions(groups=5)), None, "gn cannot cut 32 features into 5"),
         (config("gpt2", norm="ln", norm_options=NormOptions(pool="batch")), None, "ln has no option 'pool'"),
         (config("gpt2", norm="ln", swap="*.ln_3"), None, "no norm is called '*.ln_3'"),
@@ -207,6 +222,20 @@ def test_a_mistake_gets_one_line(settings: HuggingFaceConfig, classes: int | Non
         build(settings, classes)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] can't allocate memory")],
+)
+def test_too_little_memory_is_no_mistake_in_the_overrides(error: Exception, monkeypatch: pytest.MonkeyPatch):
+    def fail(*given: Any, **options: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("transformers").AutoModelForCausalLM, "from_config", fail)
+    with pytest.raises(type(error)) as raised:
+        build(config())
+    assert raised.value is error
 
 
 def test_a_bert_that_decodes_is_a_language_model():
@@ -261,6 +290,7 @@ def test_a_language_model_trains(run: Build, architecture: str, norm: str):
     else:
         assert sites == {}
         assert not activations
+        assert all(set(row) - {"step", "seconds"} for row in record.metrics())
 
 
 @pytest.mark.parametrize("architecture", ["bert", "t5"])

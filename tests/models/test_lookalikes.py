@@ -17,6 +17,17 @@ F = 24
 Formula = Callable[[nn.Module, Tensor], Tensor]
 
 
+class EpsInTheFormula(nn.Module):
+    """As OLMo's LayerNorm: no parameters, and eps is no attribute."""
+
+    def __init__(self, eps: str) -> None:
+        super().__init__()
+        self.normalized_shape, self.eps_text = (F,), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x.float(), self.normalized_shape, None, None, float(self.eps_text)).to(x.dtype)
+
+
 class Custom(nn.Module):
     """A module with a gain and perhaps a bias that computes `formula`."""
 
@@ -79,6 +90,7 @@ def scale(module: nn.Module, x: Tensor) -> Tensor:
         (nn.LayerNorm(F, eps=1e-3), (True, 1e-3, 1.0, True)),
         (nn.LayerNorm(F, bias=False), (True, 1e-5, 1.0, False)),
         (nn.LayerNorm(F, elementwise_affine=False), (True, 1e-5, None, False)),
+        *((EpsInTheFormula(eps), (True, float(eps), None, False)) for eps in ("1e-5", "1e-6", "1e-8", "1e-12")),
         (nn.RMSNorm(F, eps=1e-4), (False, 1e-4, 1.0, False)),
         (nn.RMSNorm(F), (False, torch.finfo(torch.float32).eps, 1.0, False)),
     ],
@@ -98,6 +110,7 @@ def test_a_norm_is_recognized(module: nn.Module, expected: tuple[bool, float, fl
         (Custom(eps_outside, bias=True), "computes neither"),
         (Custom(hidden_eps), "computes neither"),
         (Custom(scale), "computes neither"),
+        (EpsInTheFormula("0"), "computes neither"),
         (nn.GroupNorm(1, F), "computes neither"),
         (nn.BatchNorm1d(3, track_running_stats=False), "computes neither"),
         (nn.LayerNorm((3, F)), "last 2 dimensions"),

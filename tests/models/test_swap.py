@@ -18,11 +18,13 @@ from torch.nn import functional
 
 import normlab
 from normlab.config import InputError, available_norms
+from normlab.models.padding import pooling
 from normlab.models.swap import SwapReport, reads_ahead, swap_norms
-from normlab.norms import build_norm
+from normlab.norms import build_norm, norm_options
 from normlab.norms.base import Norm
 
 every_norm = pytest.mark.parametrize("norm", available_norms())
+POOLS = ("batch", "batch_time", "prefix", "time", "token")
 four = pytest.mark.parametrize("architecture", FOUR)
 
 
@@ -231,6 +233,42 @@ def test_a_forward_pass_that_fails_leaves_no_mask_behind():
         model(tokens + V, attention_mask=mask)
     model.transformer.h[0](torch.randn(2, 4, WIDTH))
     assert seen["transformer.h.0.ln_1"][1] is None
+
+
+@every_norm
+def test_what_a_norm_pools_over_is_as_it_behaves(norm: str):
+    options: dict[str, Any] = {"groups": 4} if norm == "gn" else {}
+    pools = POOLS if "pool" in norm_options(norm) else ()
+    x_BTF = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    other_BTF = x_BTF.clone()
+    other_BTF[0, 1] = x_BTF[0, 1].flip(0)
+    checked = 0
+    for pool in (None, *pools):
+        try:
+            new = build_norm(norm, 8, **options, **({"pool": pool} if pool else {})).double()
+        except InputError:
+            continue  # another norm's pool
+        checked += 1
+        for training in (True, False):
+            y, other = (copy.deepcopy(new).train(training)(x).detach() for x in (x_BTF, other_BTF))
+            changed_BT = (y - other).abs().amax(-1) > 1e-9
+            over_time, over_rows = bool(changed_BT[0, [0, 2, 3]].any()), bool(changed_BT[1:].any())
+            found = pooling(new)
+            assert (found.training if training else found.evaluation) == over_time
+            assert found.context or not (over_time or over_rows)
+    assert checked > (2 if pools else 0)
+
+
+@every_norm
+def test_swapping_runs_no_new_norm(norm: str, monkeypatch: pytest.MonkeyPatch):
+    """A norm that synchronizes would wait for processes that do not swap."""
+
+    def run(*given: Any) -> Tensor:
+        raise AssertionError("a norm ran")
+
+    model = build("bert")
+    monkeypatch.setattr(Norm, "forward", run)
+    assert swap_norms(model, norm).rows
 
 
 def test_a_mask_that_does_not_say_what_is_padding_is_refused():
@@ -516,6 +554,25 @@ def test_torchs_own_encoder():
     model.train()(x_BTF, src_key_padding_mask=padding_BT)
     assert len(seen) == 5
     assert all(mask is not None and torch.equal(mask, ~padding_BT) for _, mask, _ in seen.values())
+
+
+@pytest.mark.parametrize("norm", ["inorm", "bn_step"])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_torchs_own_encoder_without_rows(norm: str, padding: int):
+    """T x F is one row of T time steps, as torch has it; T and F are not rows and time."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16)).double()
+    swap_norms(model, norm, causal=False)
+    x_BTF, padding_T = torch.randn(4, 7, 16, dtype=torch.float64), torch.arange(7) >= 7 - padding
+    model.train()(x_BTF)  # stored values
+    given = {"src_key_padding_mask": padding_T} if padding else {}
+    model.train(norm == "inorm")
+    batched = model(x_BTF[:1], **{key: value[None] for key, value in given.items()})[0]
+    assert torch.allclose(model(x_BTF[0], **given)[~padding_T], batched[~padding_T], rtol=0, atol=1e-12)
+    # A norm that took the time steps for rows would give something else.
+    with torch.no_grad():
+        alone = torch.stack([model(x_BTF[0, t : t + 1])[0] for t in range(7)])
+    assert not torch.allclose(alone, batched, atol=1e-3)
 
 
 def test_time_before_rows_is_refused_where_it_matters():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -63,7 +64,7 @@ class HuggingFaceModel(nn.Module):
         self.positions = _fit_to_text(settings, config, vocab_size, length)
         with _quiet():
             self.network = _build(settings, config, causal=self.causal)
-            width = self._width(length)
+            width = self._width(config, length)
             if classes is None and reads_ahead(self.network):
                 switch = ", or add --model.overrides.is_decoder true" if hasattr(settings, "is_decoder") else ""
                 raise InputError(
@@ -91,16 +92,25 @@ class HuggingFaceModel(nn.Module):
             return ModelOutput(output.logits[..., 1:], None)
         return ModelOutput(self.head(mean_over_time(output.last_hidden_state, mask_BT)), None)
 
-    def _width(self, length: int) -> int:
+    def _width(self, config: HuggingFaceConfig, length: int) -> int:
         """Size of the last dimension of the output, seen by running the longest text there will be."""
+        parameters = inspect.signature(self.network.forward).parameters
+        if "input_ids" not in parameters:
+            raise _more_than_text(config)
         ids_BT = torch.ones(1, length, dtype=torch.long)
         training = self.network.training
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 output = self.network.eval()(input_ids=ids_BT)
             return (output.logits if self.causal else output.last_hidden_state).shape[-1]
-        except (AttributeError, IndexError, TypeError, ValueError, KeyError) as error:
-            raise InputError(f"this architecture cannot read {length} tokens: {_one_line(error)}") from error
+        except Exception as error:  # each architecture fails in its own way
+            if _out_of_memory(error):
+                raise
+            if "pixel_values" in parameters and "pixel_values" in str(error):
+                raise _more_than_text(config) from error
+            raise InputError(
+                f"{config.architecture} cannot read {length} tokens: {_one_line(error)}{_hint(config)}"
+            ) from error
         finally:
             self.network.train(training)
 
@@ -150,9 +160,7 @@ def _architecture(config: HuggingFaceConfig) -> Any:
 def _fit_to_text(settings: Any, config: HuggingFaceConfig, vocab_size: int, length: int) -> int | None:
     """Set what the text decides, in place; the number of positions, None where there is no limit."""
     if not hasattr(settings, "vocab_size"):
-        raise InputError(
-            f"{config.architecture} reads more than text; name an architecture for text alone, such as gpt2"
-        )
+        raise _more_than_text(config)
     settings.vocab_size = vocab_size + 1
     settings.pad_token_id = PADDING_ID
     settings.bos_token_id = settings.eos_token_id = None
@@ -181,18 +189,35 @@ def _build(settings: Any, config: HuggingFaceConfig, *, causal: bool) -> nn.Modu
         except TypeError:
             model = auto.from_config(settings, dtype=torch.float32)
         return model.get_encoder() if settings.is_encoder_decoder else model
-    except (MemoryError, RuntimeError):
-        raise
     except Exception as error:
-        line = _one_line(error)
+        if _out_of_memory(error):
+            raise
+        line = _one_line(error) + _hint(config)
         if line.startswith("Unrecognized configuration class"):
             what = "language model" if causal else "model"
             line = f"it has no {what} of this kind" + ("; use it on a corpus with labels" if causal else "")
         raise InputError(f"transformers cannot build {config.architecture}: {line}") from error
 
 
+def _more_than_text(config: HuggingFaceConfig) -> InputError:
+    return InputError(f"{config.architecture} reads more than text; name an architecture for text alone, such as gpt2")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """The sizes may be right and the machine too small; whoever trains says so, for models of any kind."""
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+        return True
+    return isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _hint(config: HuggingFaceConfig) -> str:
+    return "; check model.overrides" if config.overrides else ""
+
+
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    line = " ".join(str(error).split())[:200]
+    # A KeyError says the key and nothing else.
+    return f"{type(error).__name__}: {line}" if isinstance(error, KeyError) or not line else line
 
 
 @contextmanager

@@ -20,6 +20,9 @@ __all__ = ["Lookalike", "recognize"]
 TOLERANCE = 1e-5
 """Largest relative deviation: above that of arithmetic in fp32, below a Bessel correction up to 10,000 features."""
 
+USUAL_EPS = (1e-5, 1e-6, 1e-8, 1e-12)
+"""Tried after the module's attributes: some norms (OLMo's) have theirs in the formula."""
+
 
 class Lookalike(NamedTuple):
     """The LayerNorm (`centered`) or RMSNorm that a module computes; `weight` is what it multiplies with."""
@@ -86,6 +89,7 @@ def _eps(module: nn.Module, dtype: torch.dtype) -> list[float]:
     values: list[Any] = [value for value in vars(module).values() if isinstance(value, float) and 0 <= value < 1]
     if getattr(module, "eps", 0.0) is None:
         values.append(torch.finfo(dtype).eps)
+    values += USUAL_EPS
     return list(dict.fromkeys(values))
 
 

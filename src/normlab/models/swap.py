@@ -114,7 +114,6 @@ def swap_norms(
         seen = seen._replace(causal=causal, encoder=set(), how=f"causal={causal} as told")
     streams = Streams()
     swapped: dict[int, tuple[Norm, SwapRow]] = {}
-    pools: dict[tuple[int, bool], Pooling] = {}
     needs: dict[Norm, Pooling] = {}
     rows: list[SwapRow] = []
     first_names: dict[int, str] = {}
@@ -133,9 +132,7 @@ def swap_norms(
                         "choose options that do not, or give allow_leak=True (causal=False if it is not causal)"
                     )
                 row = SwapRow(name, row.old, row.new, row.dim, True, row.kept, _join(row.note, "sees later time steps"))
-            if (like.dim, part_is_causal) not in pools:
-                pools[like.dim, part_is_causal] = pooling(new)
-            needs[new] = pools[like.dim, part_is_causal]
+            needs[new] = pooling(new)
             swapped[id(module)] = new, row
             first_names[id(module)] = name
         rows.append(row)

@@ -130,7 +130,8 @@ class Activations(pl.Callback):
             with torch.no_grad(), SiteActivations(model) as activations:
                 model(batch.tokens_BT, batch.mask_BT)
             model.train(training)
-            self.recorder.write(step, activations.summary())
+            if summary := activations.summary():  # empty where no norm of ours stands: nothing to write
+                self.recorder.write(step, summary)
 
 
 class ProgressBar(pl.Callback):
