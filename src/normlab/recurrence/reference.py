@@ -59,7 +59,8 @@ class _Site:
         return y.squeeze(1)
 
     def store(self) -> None:
-        if self.collected:
+        """Each norm by its own mode: one of them may be in training alone (`recompute_statistics`)."""
+        if self.norm.training and self.collected:
             joined = Moments(*(torch.cat(parts) for parts in zip(*self.collected, strict=True)))
             self.norm.store(joined, self.step)
 
@@ -114,9 +115,8 @@ def lstm_layer(
         else:
             h, c = torch.where(keep_B1, new_h, h), torch.where(keep_B1, new_c, c)
         outputs.append(h)
-    if norms.cell.training:
-        hidden_site.store()
-        cell_site.store()
+    hidden_site.store()
+    cell_site.store()
     out_TBP = torch.stack(outputs)
     if mask_BT is not None:
         out_TBP = out_TBP.masked_fill(~mask_BT.t().unsqueeze(-1), 0)
