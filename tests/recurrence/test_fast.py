@@ -60,7 +60,9 @@ def build(names: tuple[str, str, str], inputs: int, hidden: int, *, bias: bool, 
     return Weights(weights[0], weights[1], weights[2] if bias else None, None), SiteNorms(*norms)
 
 
-def results(layer: Any, weights: Weights, norms: SiteNorms, x: Tensor, mask: Any, h: Tensor, c: Tensor, step: int) -> Any:
+def results(
+    layer: Any, weights: Weights, norms: SiteNorms, x: Tensor, mask: Any, h: Tensor, c: Tensor, step: int
+) -> Any:
     """Everything a layer gives: outputs, states, gradients, stored values."""
     out, last_h, last_c, _ = layer(x, mask, h, c, weights, norms, step)
     found: list[Tensor] = [out, last_h, last_c]
@@ -76,7 +78,11 @@ def both(weights: Weights, norms: SiteNorms, *args: Any) -> Iterator[tuple[Tenso
     assert not fast.never_for(norms, weights)
     assert not fast.not_now_for(args[0], args[2], args[3], weights, norms, args[4])
     twins = copy.deepcopy(norms)
-    return zip(results(fast.lstm_layer, weights, norms, *args), results(reference.lstm_layer, weights, twins, *args), strict=True)
+    return zip(
+        results(fast.lstm_layer, weights, norms, *args),
+        results(reference.lstm_layer, weights, twins, *args),
+        strict=True,
+    )
 
 
 @st.composite

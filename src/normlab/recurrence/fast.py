@@ -36,7 +36,7 @@ from normlab.recurrence import kernels, reference
 from normlab.recurrence.products import Product, product
 from normlab.recurrence.reference import SiteCarry, SiteNorms, Weights
 
-__all__ = ["lstm_layer", "never_for", "not_now_for"]
+__all__ = ["engine", "lstm_layer", "never_for", "not_now_for"]
 
 NONE, ROWS, BATCH, STORED = range(4)  # as in kernels.c
 SMALLEST_PARALLEL = 4096
@@ -59,7 +59,7 @@ def not_now_for(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Weights, nor
     if torch.compiler.is_compiling():
         return "torch.compile traces the loop"
     if x_TBI.device.type != "cpu":
-        return f"the input is on {x_TBI.device.type}"
+        return "the input is not on a CPU"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     parameters = [parameter for norm in norms for parameter in norm.parameters()]
@@ -77,6 +77,16 @@ def not_now_for(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Weights, nor
     return ""
 
 
+def engine(norms: SiteNorms, dtype: torch.dtype) -> str:
+    """What does the work of a time step for these norms, and why not the kernels; builds them if need be."""
+    kinds = {_kind(norm) for norm in norms}
+    if {ROWS, BATCH} <= kinds:
+        return "torch operators: the sites take statistics in different directions"
+    if kernels.load(dtype) is None:
+        return "torch operators: no C compiler that works"
+    return "C kernels"
+
+
 def _kind(norm: Norm) -> int | None:
     """How the norm takes its statistics in its present mode; None if it has no fast form."""
     cls = type(norm)
@@ -92,7 +102,9 @@ def _kind(norm: Norm) -> int | None:
 def _unusual(norm: Norm) -> str:
     if not isinstance(norm, BatchStatisticsNorm):
         return ""
-    return (" with ghost_rows" if norm.ghost_rows is not None else "") + (" with memory_batches" * bool(norm.memory_batches))
+    return (" with ghost_rows" if norm.ghost_rows is not None else "") + (
+        " with memory_batches" * bool(norm.memory_batches)
+    )
 
 
 @dataclass
@@ -502,17 +514,12 @@ class _Recurrence(torch.autograd.Function):
         affine, saved = saved[6:12], saved[12:]
         gates, cell, squashed, output, mask_TB, count_T = saved[:6]
         tapes, stored = saved[6:12], saved[12:]
-        sites = tuple(
-            _Site(*ctx.fixed[k], *affine[2 * k : 2 * k + 2], *stored[2 * k : 2 * k + 2])
-            for k in range(3)
-        )
+        sites = tuple(_Site(*ctx.fixed[k], *affine[2 * k : 2 * k + 2], *stored[2 * k : 2 * k + 2]) for k in range(3))
         for site, normalized, spread in zip(sites, tapes[::2], tapes[1::2], strict=True):
             site.normalized, site.spread = normalized, spread
         with torch.no_grad():
             projected = gates if sites[0].normalized is None else sites[0].normalized
-            tape = _Tape(
-                True, mask_TB, count_T, sites, projected, bias_G, h_BH, c_BH, gates, cell, squashed, output
-            )
+            tape = _Tape(True, mask_TB, count_T, sites, projected, bias_G, h_BH, c_BH, gates, cell, squashed, output)
             gradients = _begin(tape, d_output, d_last_c)
             d_h = _through_time(tape, gradients, weight_GH)
             needs = ctx.needs_input_grad
@@ -549,7 +556,9 @@ def _begin(tape: _Tape, d_output: Tensor | None, d_last_c: Tensor | None) -> _Gr
         d_product=d_gates if hidden_site.kind == NONE else torch.empty_like(tape.gates),
         d_projected=d_gates if input_site.kind == NONE else torch.empty_like(tape.gates),
         d_h=torch.zeros_like(tape.first_h),
-        d_cell=torch.zeros_like(tape.first_c) if d_last_c is None else d_last_c.clone(memory_format=torch.contiguous_format),
+        d_cell=torch.zeros_like(tape.first_c)
+        if d_last_c is None
+        else d_last_c.clone(memory_format=torch.contiguous_format),
     )
 
 
@@ -586,7 +595,8 @@ def lstm_layer(
     Raises:
         RuntimeError: differentiated twice.
     """
-    if never_for(norms, weights) or not_now_for(x_TBI, h_BP, c_BH, weights, norms, step):
+    # In this order: torch.compile need not look into the other.
+    if not_now_for(x_TBI, h_BP, c_BH, weights, norms, step) or never_for(norms, weights):
         return reference.lstm_layer(x_TBI, mask_BT, h_BP, c_BH, weights, norms, step, carry)
     length, rows = x_TBI.shape[:2]
     mask_TB = count_T = None

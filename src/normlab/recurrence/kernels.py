@@ -66,7 +66,12 @@ def load(dtype: torch.dtype) -> ctypes.CDLL | None:
     for parallel, native in ((True, True), (False, True), (False, False)):
         if parallel and not _share_threads():
             continue
-        flags = (*FLAGS, *precision, "-fopenmp" if parallel else "-fopenmp-simd", *(("-march=native",) if native else ()))
+        flags = (
+            *FLAGS,
+            *precision,
+            "-fopenmp" if parallel else "-fopenmp-simd",
+            *(("-march=native",) if native else ()),
+        )
         try:
             library = ctypes.CDLL(str(_built(program, flags)))
         except (OSError, subprocess.SubprocessError) as error:
