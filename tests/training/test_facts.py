@@ -110,3 +110,27 @@ def test_only_a_language_model_leaks(tiny_run: Build, tiny_labels: Path):
     # Inside a recurrence later time steps are not computed yet.
     lstm = module_of(tiny_run(**{**LEAKY, "model": "lstm"}))
     assert set(leak_facts(lstm)) == {"input_to_hidden"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "backend", "reason"),
+    [
+        ({"model__norm": "none"}, "fused", "every site is bare"),
+        ({"model__norm": "ln"}, "fast", ""),
+        ({"model__norm": "lrn"}, "reference", "lrn at hidden_to_hidden has no fast form"),
+        ({"model__norm": "ln", "training__precision": "bf16"}, "reference", "autocast is on"),
+        ({"model": "transformer"}, None, ""),
+    ],
+)
+def test_the_backend_of_the_recurrence_is_recorded_and_said(
+    tiny_run: Build, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], backend: str | None, reason: str
+):
+    found = train(tiny_run(**changes, training__steps=2)).environment().get("recurrence")
+    said = capsys.readouterr().out
+    if backend is None:
+        assert found is None
+        assert "recurrence:" not in said
+        return
+    assert found["backend"] == backend
+    assert not reason or found["reason"] == reason
+    assert f"recurrence: {backend} ({found['reason']})" in " ".join(said.split())

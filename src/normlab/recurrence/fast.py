@@ -416,8 +416,11 @@ def _steps(tape: _Tape) -> _KernelSteps | _TorchSteps:
     library = None if {ROWS, BATCH} <= kinds else kernels.load(tape.gates.dtype)
     if library is None:
         return _TorchSteps(tape)
-    threads = torch.get_num_threads() if tape.first_h.numel() >= SMALLEST_PARALLEL else 1
-    return _KernelSteps(library, tape, threads)
+    return _KernelSteps(library, tape, _threads(tape))
+
+
+def _threads(tape: _Tape) -> int:
+    return torch.get_num_threads() if tape.first_h.numel() >= SMALLEST_PARALLEL else 1
 
 
 class _Once(torch.autograd.Function):
@@ -514,7 +517,10 @@ class _Recurrence(torch.autograd.Function):
         affine, saved = saved[6:12], saved[12:]
         gates, cell, squashed, output, mask_TB, count_T = saved[:6]
         tapes, stored = saved[6:12], saved[12:]
-        sites = tuple(_Site(*ctx.fixed[k], *affine[2 * k : 2 * k + 2], *stored[2 * k : 2 * k + 2]) for k in range(3))
+        first, second, third = (
+            _Site(*ctx.fixed[k], *affine[2 * k : 2 * k + 2], *stored[2 * k : 2 * k + 2]) for k in range(3)
+        )
+        sites = (first, second, third)
         for site, normalized, spread in zip(sites, tapes[::2], tapes[1::2], strict=True):
             site.normalized, site.spread = normalized, spread
         with torch.no_grad():
