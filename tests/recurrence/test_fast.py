@@ -160,6 +160,21 @@ def test_float32_is_close_to_the_reference_in_float64(engine: str, names: Any, m
             torch.testing.assert_close(one.double() / scale, other / scale, **SINGLE)
 
 
+@pytest.mark.parametrize(("rows", "length"), [(1, 3), (1, 20), (3, 1), (7, 9)])
+def test_float32_products_of_all_sizes(engine: str, rows: int, length: int) -> None:
+    """Short sequences do without arranged weights; strides of inputs and gains do not matter."""
+    weights, norms = build(("ln", "rms", "ln"), 5, 8, bias=True, affine=True, seed=0)
+    for norm in norms:
+        norm.float()
+        assert norm.weight is not None
+        norm.weight = torch.nn.Parameter(norm.weight.detach().repeat_interleave(2)[::2])
+    weights = Weights(*(None if w is None else w.detach().float().requires_grad_() for w in weights))
+    x = torch.randn(rows, 5, length).permute(2, 0, 1).requires_grad_()
+    h, c = (torch.randn(8, rows).t().requires_grad_() for _ in range(2))
+    for one, other in both(weights, norms, x, None, h, c, 0):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_saturated_gates_and_far_values_stay_finite_and_right(engine: str) -> None:
     """exp of the kernels at both ends, and NaN that is not hidden."""
     _, norms = build(("none",) * 3, 1, 4, bias=False, affine=False, seed=0)

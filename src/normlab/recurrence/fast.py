@@ -147,7 +147,9 @@ def _site(norm: Norm, mask_BT: Tensor | None, step: Step, rows: int, length: int
     if kind == NONE:
         return _Site(NONE, norm.dim)
     groups = norm.groups if isinstance(norm, GroupNorm) else 1
-    site = _Site(kind, norm.dim, groups, type(norm) is not RMSNorm, norm.eps, norm.weight, norm.bias)
+    # Contiguous, as all that the kernels get an address of.
+    weight, bias = (None if value is None else value.contiguous() for value in (norm.weight, norm.bias))
+    site = _Site(kind, norm.dim, groups, type(norm) is not RMSNorm, norm.eps, weight, bias)
     if not isinstance(norm, BatchStatisticsNorm):
         return site
     if kind == BATCH:
@@ -627,7 +629,8 @@ def lstm_layer(
         _site(norms.cell, mask_BT, step, rows, length, h_BP),
     )
     affine = [value for site in sites for value in (site.weight, site.bias)]
-    tensors = (x, weight_GI, weights.hidden, weights.bias, h_BP, c_BH, *affine)
+    bias_G = None if weights.bias is None else weights.bias.contiguous()
+    tensors = (x, weight_GI, weights.hidden, bias_G, h_BP, c_BH, *affine)
     kept = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     results = _Recurrence.apply((sites, mask_TB, count_T, kept), *tensors)
     assert isinstance(results, tuple)
