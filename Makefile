@@ -11,7 +11,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format watch norms lock clean
+.PHONY: help setup train test check format watch norms bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -60,6 +60,9 @@ watch: $(READY) ## open the terminal viewer on local runs
 
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py
+
+bench: $(READY) ## what the normalized LSTM costs beside torch.nn.LSTM here (minutes): results/bench_recurrence.json
+	@$(PY) scripts/bench_recurrence.py $(ARGS)
 
 lock: $(READY) ## write constraints.txt anew from what .venv holds
 	@$(PY) -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > constraints.txt

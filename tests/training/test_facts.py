@@ -136,3 +136,27 @@ def test_a_record_from_before_re_estimation_says_so(tiny_run: Build, capsys: pyt
     train(tiny_run(model__norm="bn"))
     said = "this run has ended already, and was tested with running averages alone; --output.fresh true trains it again"
     assert said in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "backend", "reason"),
+    [
+        ({"model__norm": "none"}, "fused", "every site is bare"),
+        ({"model__norm": "ln"}, "fast", ""),
+        ({"model__norm": "lrn"}, "reference", "lrn at hidden_to_hidden has no fast form"),
+        ({"model__norm": "ln", "training__precision": "bf16"}, "reference", "autocast is on"),
+        ({"model": "transformer"}, None, ""),
+    ],
+)
+def test_the_backend_of_the_recurrence_is_recorded_and_said(
+    tiny_run: Build, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], backend: str | None, reason: str
+):
+    found = train(tiny_run(**changes, training__steps=2)).environment().get("recurrence")
+    said = capsys.readouterr().out
+    if backend is None:
+        assert found is None
+        assert "recurrence:" not in said
+        return
+    assert found["backend"] == backend
+    assert not reason or found["reason"] == reason
+    assert f"recurrence: {backend} ({found['reason']})" in " ".join(said.split())

@@ -64,8 +64,9 @@ def test_a_penalty_changes_training_and_is_logged(tiny_run: Build, monkeypatch: 
     assert of(bn, "penalty_nats") == []
     assert [row["penalty_nats"] for row in sent if row.get("penalty_nats")] == of(strong, "penalty_nats")
     # The loss itself is comparable: the same before the first update, without the penalty; then others.
-    assert of(strong, "train_loss_nats")[0] == of(free, "train_loss_nats")[0] == of(bn, "train_loss_nats")[0]
-    assert of(free, "train_loss_nats") == of(bn, "train_loss_nats")
+    assert of(strong, "train_loss_nats")[0] == of(free, "train_loss_nats")[0]
+    # bn runs on the fast recurrence, which is equal within rounding.
+    assert of(free, "train_loss_nats") == pytest.approx(of(bn, "train_loss_nats"), rel=1e-5)
     assert of(strong, "train_loss_nats")[1] != of(free, "train_loss_nats")[1]
 
 

@@ -17,7 +17,8 @@ from normlab.config import InputError, LSTMSites, NormOptions, require_choice
 from normlab.models.sites import NormFactory
 from normlab.norms.base import Norm, Step
 from normlab.norms.moments import Prefix, distinct_steps, longest, several_processes
-from normlab.recurrence.reference import SiteCarry, SiteNorms, Weights, lstm_layer, reverse_valid
+from normlab.recurrence import fast, reference
+from normlab.recurrence.reference import SiteCarry, SiteNorms, Weights, reverse_valid
 
 Carry = tuple[SiteCarry, ...]
 
@@ -98,12 +99,14 @@ class LSTM(nn.LSTM):
         sites: what stands at each site; None puts `norm` at all of them.
         causal: outputs must not depend on later inputs, in training either. False lets statistics of the input
             projection pool over time by default (batch norms and `inorm`).
-        backend: "auto" takes torch's fused kernel if every site is bare; "reference" always the plain loop.
+        backend: "auto" takes torch's fused kernel if every site is bare, else "fast"; "fast" (none, ln, rms, gn with
+            pool="token", bn, bn_step, on a CPU, in float32 or float64) equals the plain loop within rounding and
+            leaves to it what it can not do; "reference" is always the plain loop, which alone differentiates twice.
         max_steps: time steps with stored statistics of their own, for norms that keep them, unless
             `norm_options.max_steps` says another; later ones share a set (`norm_options.beyond`).
 
     Raises:
-        InputError: unknown norm, backend or option.
+        InputError: unknown norm, backend or option; backend="fast" and a norm without a fast form.
     """
 
     def __init__(
@@ -123,7 +126,7 @@ class LSTM(nn.LSTM):
         norm_options: NormOptions | None = None,
         sites: LSTMSites | None = None,
         causal: bool = True,
-        backend: Literal["auto", "reference"] = "auto",
+        backend: Literal["auto", "fast", "reference"] = "auto",
         max_steps: int = 512,
     ) -> None:
         super().__init__(
@@ -138,7 +141,7 @@ class LSTM(nn.LSTM):
             device=device,
             dtype=dtype,
         )
-        require_choice("LSTM backend", backend, ("auto", "reference"))
+        require_choice("LSTM backend", backend, ("auto", "fast", "reference"))
         self.backend, self.causal = backend, causal
         factory = NormFactory(
             norm, sites or LSTMSites(), norm_options or NormOptions(), causal=causal, max_steps=max_steps
@@ -159,6 +162,30 @@ class LSTM(nn.LSTM):
         self.bare = all(norm.identity for norm in every)
         self.counts_steps = any(norm.per_step for norm in every)
         self.mixes_rows = any(not norm.batch_independent for norm in every)
+        if backend == "fast" and (obstacle := self._never_fast()):
+            raise InputError(f'{obstacle}; use backend="auto", which then takes the plain loop')
+
+    def backend_choice(self, device: str = "cpu") -> tuple[str, str]:
+        """The backend that calls take under present conditions (mode, autocast, processes), and why.
+
+        A call whose rows are at time steps of their own, for norms that count them, takes the reference all the same.
+
+        Args:
+            device: type of the device it will run on.
+        """
+        if self.backend == "reference":
+            return "reference", "asked for"
+        if self.backend == "auto" and self.bare:
+            return "fused", "every site is bare"
+        suffix = self._suffixes()[0]
+        norms, weights = self._site_norms(suffix), self._weights(suffix)
+        like = torch.empty(1, 1, 1, dtype=weights.hidden.dtype, device="cpu" if device == "cpu" else "meta")
+        obstacle = fast.not_now_for(like, like, like, weights, norms, 0) or self._never_fast()
+        return ("reference", obstacle) if obstacle else ("fast", fast.engine(norms, weights.hidden.dtype))
+
+    def _never_fast(self) -> str:
+        suffix = self._suffixes()[0]
+        return fast.never_for(self._site_norms(suffix), self._weights(suffix))
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  (torch's own is a set of overloads)
         self,
@@ -191,7 +218,7 @@ class LSTM(nn.LSTM):
         if hx is not None:
             self.check_forward_args(input, (hx[0], hx[1]), None)  # pyright: ignore[reportArgumentType]
         x_TBF = input.transpose(0, 1) if self.batch_first else input
-        out_TBP, state = self._forward_reference(x_TBF, hx, lengths)
+        out_TBP, state = self._forward_layers(x_TBF, hx, lengths)
         return (out_TBP.transpose(0, 1) if self.batch_first else out_TBP), state
 
     def _forward_packed(
@@ -202,7 +229,7 @@ class LSTM(nn.LSTM):
         if self.backend == "auto" and self.bare:
             out, (h, c) = super().forward(packed, None if hx is None else (hx[0], hx[1]))
             return out, LSTMState(h, c, self._first_step(hx, x_TBF.shape[1], x_TBF.device) + lengths)
-        out_TBP, state = self._forward_reference(x_TBF, hx, lengths)
+        out_TBP, state = self._forward_layers(x_TBF, hx, lengths)
         mask_TB = torch.arange(len(out_TBP), device=lengths.device).unsqueeze(1) < lengths
         if packed.sorted_indices is not None:
             out_TBP, mask_TB = out_TBP[:, packed.sorted_indices], mask_TB[:, packed.sorted_indices]
@@ -225,7 +252,7 @@ class LSTM(nn.LSTM):
         padded, _ = pad_packed_sequence(out, batch_first=self.batch_first, total_length=length)
         return padded, LSTMState(h, c, step + lengths)
 
-    def _forward_reference(
+    def _forward_layers(
         self, x_TBF: Tensor, hx: tuple[Tensor, Tensor] | None, lengths: Tensor | None
     ) -> tuple[Tensor, LSTMState]:
         own_length, rows = x_TBF.shape[:2]
@@ -244,6 +271,7 @@ class LSTM(nn.LSTM):
         last_c: list[Tensor] = []
         carries: list[SiteCarry] = []
         suffixes = self._suffixes()
+        lstm_layer = reference.lstm_layer if self.backend == "reference" else fast.lstm_layer
         directions = 2 if self.bidirectional else 1
         for layer in range(self.num_layers):
             outputs: list[Tensor] = []

@@ -59,7 +59,8 @@ class _Site:
         return y.squeeze(1)
 
     def store(self) -> None:
-        if self.collected:
+        """Each norm by its own mode: one of them may be in training alone (`recompute_statistics`)."""
+        if self.norm.training and self.collected:
             joined = Moments(*(torch.cat(parts) for parts in zip(*self.collected, strict=True)))
             self.norm.store(joined, self.step)
 

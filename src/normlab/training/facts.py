@@ -12,6 +12,7 @@ import torch
 
 from normlab.config import RunConfig
 from normlab.data.prepared import PreparedText
+from normlab.models.lstm import LSTM
 from normlab.norms.base import Norm
 from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.tasks.metrics import evaluation_note
@@ -23,6 +24,7 @@ __all__ = [
     "leak_facts",
     "leak_warning",
     "peak_memory_mib",
+    "recurrence_facts",
     "site_facts",
     "statistics_rows",
 ]
@@ -49,6 +51,16 @@ def data_facts(text: PreparedText, config: RunConfig) -> dict[str, Any]:
 def site_facts(module: TextModule) -> dict[str, str]:
     """What stands at each site, with every option as it was resolved."""
     return {part.site: f"{part.name}({part.extra_repr()})" for part in module.modules() if isinstance(part, Norm)}
+
+
+def recurrence_facts(module: TextModule, trainer: pl.Trainer) -> dict[str, str]:
+    """The backend of the model's LSTM on this device and in this precision, and why; empty if it has none."""
+    for part in module.modules():
+        if isinstance(part, LSTM):
+            with trainer.precision_plugin.forward_context():
+                backend, reason = part.backend_choice(trainer.strategy.root_device.type)
+            return {"backend": backend, "reason": reason}
+    return {}
 
 
 def statistics_rows(module: TextModule, batch_size: int, processes: int) -> int | None:

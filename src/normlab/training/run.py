@@ -35,6 +35,7 @@ from normlab.training.facts import (
     leak_facts,
     leak_warning,
     peak_memory_mib,
+    recurrence_facts,
     site_facts,
     statistics_rows,
 )
@@ -283,6 +284,10 @@ class _Run:
         environment["data"] = data_facts(self.text, self.config)
         environment["sites"] = site_facts(self.module)
         environment["threads"] = torch.get_num_threads()
+        recurrence = recurrence_facts(self.module, self.trainer)
+        if recurrence:
+            environment["recurrence"] = recurrence
+            self._say("recurrence: {backend} ({reason})".format(**recurrence))
         devices, accumulate = self.config.training.devices, self.config.training.accumulate
         rows = statistics_rows(self.module, self.batch_size, devices)
         if rows is not None:
