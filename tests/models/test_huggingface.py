@@ -36,7 +36,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "t5": {"num_layers": 2, "d_model": WIDTH, "num_heads": 2, "d_kv": 16, "d_ff": 64, "dropout_rate": 0.0},
 }
 
-WHISPER = {"encoder_layers": 1, "decoder_layers": 1, "d_model": WIDTH, "encoder_attention_heads": 2}
+WHISPER = {
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "d_model": WIDTH,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+}
 
 
 def config(architecture: str = "gpt2", **fields: Any) -> HuggingFaceConfig:
