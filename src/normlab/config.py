@@ -235,6 +235,7 @@ class LSTMConfig:
             differ at the first time step.
         recurrent_init: initial hidden-to-hidden matrices, one block per gate.
         forget_bias: initial bias of the forget gate.
+        recompute: keep less for backward and compute it again, for long sequences: less memory, more time.
     """
 
     name: Literal["lstm"] = "lstm"
@@ -252,6 +253,7 @@ class LSTMConfig:
     state_noise: float = 0.0
     recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal"
     forget_bias: float = 1.0
+    recompute: bool = _later(False)
 
     def __post_init__(self) -> None:
         require_choice("norm", self.norm, available_norms())

@@ -102,6 +102,9 @@ class LSTM(nn.LSTM):
         backend: "auto" takes torch's fused kernel if every site is bare, else "fast"; "fast" (none, ln, rms, gn with
             pool="token", bn, bn_step, on a CPU, in float32 or float64) equals the plain loop within rounding and
             leaves to it what it can not do; "reference" is always the plain loop, which alone differentiates twice.
+        recompute: save memory in training on long sequences: backward takes gates and normalized values anew, a segment
+            of the sequence at a time, and little more than the outputs is kept (recurrence/fast.py says how much).
+            "auto" then never takes torch's fused kernel, which keeps everything.
         max_steps: time steps with stored statistics of their own, for norms that keep them, unless
             `norm_options.max_steps` says another; later ones share a set (`norm_options.beyond`).
 
@@ -127,6 +130,7 @@ class LSTM(nn.LSTM):
         sites: LSTMSites | None = None,
         causal: bool = True,
         backend: Literal["auto", "fast", "reference"] = "auto",
+        recompute: bool = False,
         max_steps: int = 512,
     ) -> None:
         super().__init__(
@@ -142,7 +146,7 @@ class LSTM(nn.LSTM):
             dtype=dtype,
         )
         require_choice("LSTM backend", backend, ("auto", "fast", "reference"))
-        self.backend, self.causal = backend, causal
+        self.backend, self.causal, self.recompute = backend, causal, recompute
         factory = NormFactory(
             norm, sites or LSTMSites(), norm_options or NormOptions(), causal=causal, max_steps=max_steps
         )
@@ -175,13 +179,16 @@ class LSTM(nn.LSTM):
         """
         if self.backend == "reference":
             return "reference", "asked for"
-        if self.backend == "auto" and self.bare:
+        if self._fused():
             return "fused", "every site is bare"
         suffix = self._suffixes()[0]
         norms, weights = self._site_norms(suffix), self._weights(suffix)
         like = torch.empty(1, 1, 1, dtype=weights.hidden.dtype, device="cpu" if device == "cpu" else "meta")
         obstacle = fast.not_now_for(like, like, like, weights, norms, 0) or self._never_fast()
         return ("reference", obstacle) if obstacle else ("fast", fast.engine(norms, weights.hidden.dtype))
+
+    def _fused(self) -> bool:
+        return self.backend == "auto" and self.bare and not self.recompute
 
     def _never_fast(self) -> str:
         suffix = self._suffixes()[0]
@@ -213,7 +220,7 @@ class LSTM(nn.LSTM):
             state = None if hx is None else self._restate(hx, lambda x: x.unsqueeze(1), 1)
             out, state = self.forward(input.unsqueeze(batch_dim), state)
             return cast(Tensor, out).squeeze(batch_dim), self._restate(state, lambda x: x.squeeze(1), 1)
-        if self.backend == "auto" and self.bare and (lengths is None or bool((lengths > 0).all())):
+        if self._fused() and (lengths is None or bool((lengths > 0).all())):
             return self._forward_fused(input, hx, lengths)
         if hx is not None:
             self.check_forward_args(input, (hx[0], hx[1]), None)  # pyright: ignore[reportArgumentType]
@@ -226,7 +233,7 @@ class LSTM(nn.LSTM):
     ) -> tuple[PackedSequence, LSTMState]:
         x_TBF, lengths = pad_packed_sequence(packed)
         lengths = lengths.to(x_TBF.device)
-        if self.backend == "auto" and self.bare:
+        if self._fused():
             out, (h, c) = super().forward(packed, None if hx is None else (hx[0], hx[1]))
             return out, LSTMState(h, c, self._first_step(hx, x_TBF.shape[1], x_TBF.device) + lengths)
         out_TBP, state = self._forward_layers(x_TBF, hx, lengths)
@@ -286,6 +293,7 @@ class LSTM(nn.LSTM):
                     self._site_norms(suffixes[index]),
                     step,
                     carry[index] if carry else None,
+                    recompute=self.recompute,
                 )
                 outputs.append(reverse_valid(out, lengths) if direction else out)
                 last_h.append(h)

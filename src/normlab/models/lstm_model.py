@@ -52,6 +52,7 @@ class LSTMModel(nn.Module):
             norm_options=config.norm_options,
             sites=config.sites,
             causal=classes is None,
+            recompute=config.recompute,
             max_steps=length,
         )
         directions = 2 if config.bidirectional else 1

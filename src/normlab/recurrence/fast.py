@@ -5,22 +5,31 @@ kernels.c, or torch operators on the same buffers where they can not be built or
 statistics in different directions. The products over all time steps (input projection, gradients of both weights)
 are one each.
 
-What backward keeps, in multiples of B x T x H: 7 (4 gates, c, tanh of the cell site's output, h), and 4, 4 and 1 more
-where input_to_hidden, hidden_to_hidden and cell are normalized: 16 with a norm at all sites, beside the input itself.
-While it runs it takes 4 to 8 more for gradients. Without gradient nothing but the output and, where the input site is
-normalized, 4 for its projection outlive a time step.
+What backward keeps, in multiples of B x T x H, beside the input and the weights: 7 (4 gates, c, tanh of the cell site's
+output, h), and 4, 4 and 1 more where input_to_hidden, hidden_to_hidden and cell are normalized: 16 with a norm at all
+sites. Small beside it are the statistics, per time step and site: one number for each row (and group) of ln, rms and
+gn, for each feature of bn and bn_step (with padding or in evaluation the stored values too). While it runs it takes 4
+to 8 more for gradients.
 
-Shape suffixes: B batch, T time, I input features, H hidden, G gates (4H), F features of a site, K groups, N = T x B.
+With `recompute` it keeps h alone (1) and c at the start of each segment of `SEGMENT` time steps, whatever the norms.
+Backward goes through the segments from the last to the first and fills the buffers above anew, for one segment at a
+time: as h is kept, the recurrent products of a segment are one, like those with the input. Statistics are taken twice,
+but stored once. An input site that runs by itself (see `lstm_layer`) adds 4 for its result.
+
+Without gradient nothing but the output outlives a segment, in which the input's projection takes 4.
+
+Shape suffixes: B batch, T time, S time steps of a segment, I input features, H hidden, G gates (4H), F features of a
+site, K groups, N = T x B.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.norms.base import Norm, Step
@@ -34,7 +43,7 @@ from normlab.norms.none import NoNorm
 from normlab.norms.rms import RMSNorm
 from normlab.recurrence import kernels, reference
 from normlab.recurrence.products import Product, product
-from normlab.recurrence.reference import SiteCarry, SiteNorms, Weights
+from normlab.recurrence.reference import SEGMENT, SiteCarry, SiteNorms, Weights
 
 __all__ = ["engine", "lstm_layer", "never_for", "not_now_for"]
 
@@ -140,6 +149,30 @@ class _Site:
         time = min(time, len(self.stored_mean) - 1)
         return self.stored_mean[time], self.stored_scale[time]
 
+    def part(self, part: slice, rows: int, normalized: Tensor) -> _Site:
+        """This site over some time steps; statistics without a buffer over the sequence get one for these."""
+        length = part.stop - part.start
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return values if values is None or len(values) == 1 else values[part]
+
+        mean, spread = self.mean, self.spread
+        if self.kind == ROWS:
+            spread = normalized.new_empty(length, rows, self.groups)
+        elif self.kind == BATCH:
+            mean, spread = (
+                normalized.new_empty(length, self.features) if values is None else values[part]
+                for values in (mean, spread)
+            )
+        return replace(
+            self,
+            stored_mean=cut(self.stored_mean),
+            stored_scale=cut(self.stored_scale),
+            mean=mean,
+            spread=spread,
+            normalized=None if self.kind == NONE else normalized,
+        )
+
 
 def _site(norm: Norm, mask_BT: Tensor | None, step: Step, rows: int, length: int, like: Tensor) -> _Site:
     kind = _kind(norm)
@@ -165,7 +198,7 @@ def _site(norm: Norm, mask_BT: Tensor | None, step: Step, rows: int, length: int
 
 @dataclass
 class _Tape:
-    """Buffers of a layer over the sequence, as `sequence` in kernels.c. With `kept` they hold all T, else one step."""
+    """Buffers of a layer over some time steps, as `sequence` in kernels.c. With `kept` they hold all, else one."""
 
     kept: bool
     mask_TB: Tensor | None
@@ -439,19 +472,100 @@ class _Once(torch.autograd.Function):
         )
 
 
+@dataclass
+class _Layer:
+    """What the tapes of a sequence's segments have in common.
+
+    Attributes:
+        x_TBI: the input; already projected (T x B x G) if `weight_GI` is None.
+    """
+
+    x_TBI: Tensor
+    weight_GI: Tensor | None
+    weight_GH: Tensor
+    bias_G: Tensor | None
+    mask_TB: Tensor | None
+    count_T: Tensor | None
+    sites: tuple[_Site, _Site, _Site]
+
+    def tape(self, part: slice, h_BH: Tensor, c_BH: Tensor, output_SBH: Tensor, *, kept: bool) -> _Tape:
+        """A tape of some time steps, with nothing on it but the projected input."""
+        (rows, hidden), length = h_BH.shape, len(output_SBH)
+        projected = self.x_TBI[part]
+        if self.weight_GI is not None:
+            projected = product(projected.flatten(0, 1), self.weight_GI).view(length, rows, -1)
+
+        def buffer(features: int) -> Tensor:
+            return h_BH.new_empty(length if kept else 1, rows, features)
+
+        input_site, hidden_site, cell_site = self.sites
+        return _Tape(
+            kept,
+            None if self.mask_TB is None else self.mask_TB[part],
+            None if self.count_T is None else self.count_T[part],
+            (
+                input_site.part(part, rows, projected),
+                hidden_site.part(part, rows, buffer(4 * hidden)),
+                cell_site.part(part, rows, buffer(hidden)),
+            ),
+            projected,
+            self.bias_G,
+            h_BH,
+            c_BH,
+            gates=buffer(4 * hidden),
+            cell=buffer(hidden),
+            squashed=buffer(hidden),
+            output=output_SBH,
+        )
+
+    def recomputed(self, part: slice, before_SBH: Tensor, c_BH: Tensor) -> _Tape:
+        """The tape that forward did not keep, from h before each of its time steps and c before the first."""
+        # An output of its own: that of forward, which comes from other products, differs by rounding and must stay.
+        tape = self.tape(part, before_SBH[0], c_BH, torch.empty_like(before_SBH), kept=True)
+        products = product(before_SBH.flatten(0, 1), self.weight_GH).view(*before_SBH.shape[:2], -1)
+        steps = _steps(tape)
+        for time, product_BG in enumerate(products):
+            steps.forward(time, product_BG)
+        return tape
+
+    def d_input(self, d_projected_SBG: Tensor) -> Tensor:
+        if self.weight_GI is None:
+            return d_projected_SBG
+        d_x_NI = product(d_projected_SBG.flatten(0, 1), self.weight_GI.t())
+        return d_x_NI.view(*d_projected_SBG.shape[:2], -1)
+
+    def d_parameters(
+        self, part: slice, before_SBH: Tensor, tape: _Tape, gradients: _Gradients, needs: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """What some time steps add to the gradients of both matrices, the bias, and weight and bias of each site.
+
+        Args:
+            before_SBH: h before each time step.
+            needs: as `needs_input_grad` of `_Recurrence`.
+        """
+        x_NI, before_NH = self.x_TBI[part].flatten(0, 1), before_SBH.flatten(0, 1)
+        parts = [gradients.d_bias, *(parts for site in tape.sites for parts in (site.d_weight, site.d_bias))]
+        return [
+            _weight_gradient(gradients.d_projected.flatten(0, 1), x_NI) if needs[2] else None,
+            _weight_gradient(gradients.d_product.flatten(0, 1), before_NH) if needs[3] else None,
+            *(None if values is None else values.sum(0) for values in parts),
+        ]
+
+
 class _Recurrence(torch.autograd.Function):
     """Outputs T x B x H and the last c of a layer.
 
     Args of `apply`:
-        x_TBI: the input; already projected (T x B x G) if `weight_GI` is None.
+        x_TBI, weight_GI: as in `_Layer`.
         affine: weight and bias of the three sites.
-        tape_parts: sites (whose weight and bias are those of `affine`), mask T x B, counts T, kept.
+        plan: sites (whose weight and bias are those of `affine`), mask T x B, counts T; whether there will be a
+            backward, and whether it recomputes.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        tape_parts: tuple[tuple[_Site, _Site, _Site], Tensor | None, Tensor | None, bool],
+        plan: tuple[tuple[_Site, _Site, _Site], Tensor | None, Tensor | None, bool, bool],
         x_TBI: Tensor,
         weight_GI: Tensor | None,
         weight_GH: Tensor,
@@ -460,54 +574,40 @@ class _Recurrence(torch.autograd.Function):
         c_BH: Tensor,
         *affine: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        sites, mask_TB, count_T, kept = tape_parts
-        length, (rows, hidden) = len(x_TBI), h_BH.shape
-        held = length if kept else 1
+        sites, mask_TB, count_T, gradient, recompute = plan
+        kept = gradient and not recompute
+        length, rows = x_TBI.shape[:2]
         x_TBI, h_BH, c_BH = x_TBI.contiguous(), h_BH.contiguous(), c_BH.contiguous()
-        projected = x_TBI
-        if weight_GI is not None:
-            projected = product(x_TBI.flatten(0, 1), weight_GI).view(length, rows, -1)
-
-        def buffer(*shape: int) -> Tensor:
-            return h_BH.new_empty(shape)
-
+        output = h_BH.new_empty(length, *h_BH.shape)
         for site in sites:
-            if site.kind == ROWS:
-                site.spread = buffer(length, rows, site.groups)
-            elif site.kind == BATCH:
-                site.mean, site.spread = buffer(length, site.features), buffer(length, site.features)
-            if site.kind != NONE:
-                site.normalized = projected if site is sites[0] else buffer(held, rows, site.features)
-        tape = _Tape(
-            kept,
-            mask_TB,
-            count_T,
-            sites,
-            projected,
-            bias_G,
-            h_BH,
-            c_BH,
-            gates=buffer(held, rows, 4 * hidden),
-            cell=buffer(held, rows, hidden),
-            squashed=buffer(held, rows, hidden),
-            output=buffer(length, rows, hidden),
-        )
-        steps = _steps(tape)
+            if site.kind == BATCH:  # over the sequence, for `store`
+                site.mean, site.spread = (h_BH.new_empty(length, site.features) for _ in range(2))
+        layer = _Layer(x_TBI, weight_GI, weight_GH, bias_G, mask_TB, count_T, sites)
         recurrent = Product(weight_GH, rows, length)
-        h = h_BH
-        for time in range(length):
-            steps.forward(time, recurrent(h))
-            h = tape.output[time]
-        if kept:
+        h, c = h_BH, c_BH
+        starts: list[Tensor] = []
+        tape = None
+        for part in _segments(length, kept):
+            starts.append(c)
+            tape = layer.tape(part, h, c, output[part], kept=kept)
+            steps = _steps(tape)
+            for time, after in enumerate(tape.output):
+                steps.forward(time, recurrent(h))
+                h = after
+            c = tape.cell[-1]
+        assert tape is not None
+        if gradient:
+            ctx.kept = kept
             ctx.fixed = [(site.kind, site.features, site.groups, site.centered, site.eps) for site in sites]
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(
                 *(x_TBI, weight_GI, weight_GH, bias_G, h_BH, c_BH, *affine),
-                *(tape.gates, tape.cell, tape.squashed, tape.output, mask_TB, count_T),
-                *(value for site in sites for value in (site.normalized, site.spread)),
+                *(output, mask_TB, count_T),
                 *(value for site in sites for value in (site.stored_mean, site.stored_scale)),
+                *((tape.gates, tape.cell, tape.squashed) if kept else (None, torch.stack(starts), None)),
+                *(value for site in tape.sites for value in ((site.normalized, site.spread) if kept else (None, None))),
             )
-        return tape.output, tape.cell[-1].clone()
+        return output, c.clone()
 
     @staticmethod
     def backward(ctx: Any, *d_results: Any) -> Any:
@@ -517,34 +617,42 @@ class _Recurrence(torch.autograd.Function):
         saved = list(ctx.saved_tensors)
         x_TBI, weight_GI, weight_GH, bias_G, h_BH, c_BH = saved[:6]
         affine, saved = saved[6:12], saved[12:]
-        gates, cell, squashed, output, mask_TB, count_T = saved[:6]
-        tapes, stored = saved[6:12], saved[12:]
+        output, mask_TB, count_T = saved[:3]
+        stored, saved = saved[3:9], saved[9:]
+        gates, cell, squashed, *tapes = saved
         first, second, third = (
             _Site(*ctx.fixed[k], *affine[2 * k : 2 * k + 2], *stored[2 * k : 2 * k + 2]) for k in range(3)
         )
         sites = (first, second, third)
-        for site, normalized, spread in zip(sites, tapes[::2], tapes[1::2], strict=True):
-            site.normalized, site.spread = normalized, spread
+        layer = _Layer(x_TBI, weight_GI, weight_GH, bias_G, mask_TB, count_T, sites)
+        whole = None
+        if ctx.kept:
+            for site, normalized, spread in zip(sites, tapes[::2], tapes[1::2], strict=True):
+                site.normalized, site.spread = normalized, spread
+            projected = gates if first.normalized is None else first.normalized
+            whole = _Tape(True, mask_TB, count_T, sites, projected, bias_G, h_BH, c_BH, gates, cell, squashed, output)
+        needs = ctx.needs_input_grad
+        length, rows = x_TBI.shape[:2]
         with torch.no_grad():
-            projected = gates if sites[0].normalized is None else sites[0].normalized
-            tape = _Tape(True, mask_TB, count_T, sites, projected, bias_G, h_BH, c_BH, gates, cell, squashed, output)
-            gradients = _begin(tape, d_output, d_last_c)
-            d_h = _through_time(tape, gradients, weight_GH)
-            needs = ctx.needs_input_grad
-            before_NH = torch.cat([h_BH.unsqueeze(0), output[:-1]]).flatten(0, 1) if needs[3] else None
-            d_product_NG, d_projected_NG = gradients.d_product.flatten(0, 1), gradients.d_projected.flatten(0, 1)
-            d_weight_GH = None if before_NH is None else _weight_gradient(d_product_NG, before_NH)
-            d_weight_GI = _weight_gradient(d_projected_NG, x_TBI.flatten(0, 1)) if needs[2] else None
-            d_x = None
-            if needs[1]:
-                d_x = gradients.d_projected
-                if weight_GI is not None:
-                    d_x = product(d_projected_NG, weight_GI.t()).view_as(x_TBI)
-            d_bias = None if gradients.d_bias is None else gradients.d_bias.sum(0)
-            d_affine = [
-                None if total is None else total.sum(0) for site in sites for total in (site.d_weight, site.d_bias)
-            ]
-        results = [d_x, d_weight_GI, d_weight_GH, d_bias, d_h, gradients.d_cell, *d_affine]
+            recurrent = Product(weight_GH.t(), rows, length)
+            d_next, d_h = None, torch.zeros_like(h_BH)
+            d_cell = torch.zeros_like(c_BH) if d_last_c is None else d_last_c.clone().contiguous()
+            d_x: list[Tensor] = []
+            totals: list[Tensor | None] = [None] * 9
+            for number, part in reversed(list(enumerate(_segments(length, ctx.kept)))):
+                h_before = output[part.start - 1 : part.start] if number else h_BH.unsqueeze(0)
+                before_SBH = torch.cat([h_before, output[part][:-1]])
+                tape = whole or layer.recomputed(part, before_SBH, cell[number])
+                gradients = _begin(tape, None if d_output is None else d_output[part], d_h, d_cell)
+                d_next = _through_time(tape, gradients, recurrent, d_next)
+                if needs[1]:
+                    d_x.append(layer.d_input(gradients.d_projected))
+                found = layer.d_parameters(part, before_SBH, tape, gradients, needs)
+                totals = [_plus(*both) for both in zip(totals, found, strict=True)]
+            assert d_next is not None
+        d_first_h = d_next if mask_TB is None else d_next + d_h
+        d_input = None if not d_x else d_x[0] if len(d_x) == 1 else torch.cat(d_x[::-1])
+        results = [d_input, *totals[:3], d_first_h, d_cell, *totals[3:]]
         if torch.is_grad_enabled():
             given = [place for place, result in enumerate(results) if result is not None]
             once = _Once.apply(*(results[place].detach().requires_grad_() for place in given))
@@ -553,7 +661,16 @@ class _Recurrence(torch.autograd.Function):
         return (None, *results)
 
 
-def _begin(tape: _Tape, d_output: Tensor | None, d_last_c: Tensor | None) -> _Gradients:
+def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if total is None or more is None else total.add_(more)
+
+
+def _segments(length: int, kept: bool) -> list[slice]:
+    span = length if kept else SEGMENT
+    return [slice(start, min(start + span, length)) for start in range(0, length, span)]
+
+
+def _begin(tape: _Tape, d_output: Tensor | None, d_h: Tensor, d_cell: Tensor) -> _Gradients:
     """Buffers for gradients; those of a bare site are those of the gates themselves."""
     input_site, hidden_site, _ = tape.sites
     bare = input_site.kind == NONE or hidden_site.kind == NONE
@@ -563,25 +680,21 @@ def _begin(tape: _Tape, d_output: Tensor | None, d_last_c: Tensor | None) -> _Gr
         d_gates,
         d_product=d_gates if hidden_site.kind == NONE else torch.empty_like(tape.gates),
         d_projected=d_gates if input_site.kind == NONE else torch.empty_like(tape.gates),
-        d_h=torch.zeros_like(tape.first_h),
-        d_cell=torch.zeros_like(tape.first_c)
-        if d_last_c is None
-        else d_last_c.clone(memory_format=torch.contiguous_format),
+        d_h=d_h,
+        d_cell=d_cell,
     )
 
 
-def _through_time(tape: _Tape, gradients: _Gradients, weight_GH: Tensor) -> Tensor:
-    """Fill `gradients` from the last time step to the first; the gradient of the first h."""
-    length = len(tape.output)
+def _through_time(tape: _Tape, gradients: _Gradients, recurrent: Product, d_next: Tensor | None) -> Tensor:
+    """Fill `gradients` from the last time step to the first; the gradient of the h before it, but for what padding
+    passes on (`gradients.d_h`)."""
     steps = _steps(tape)
     steps.begin_backward(gradients)
-    recurrent = Product(weight_GH.t(), len(tape.first_h), length)
-    d_next = None
-    for time in reversed(range(length)):
+    for time in reversed(range(len(tape.output))):
         steps.backward(time, d_next)
         d_next = recurrent(gradients.d_product[time])
     assert d_next is not None
-    return d_next if tape.mask_TB is None else d_next + gradients.d_h
+    return d_next
 
 
 def _weight_gradient(d_y_NG: Tensor, x_NI: Tensor) -> Tensor:
@@ -597,15 +710,22 @@ def lstm_layer(
     norms: SiteNorms,
     step: Step = 0,
     carry: SiteCarry | None = None,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, SiteCarry]:
     """As `reference.lstm_layer`, which it calls where `never_for` or `not_now_for` names a reason.
+
+    An input site of another kind than those with a fast form runs by itself, over all time steps and before the loop.
+
+    Args:
+        recompute: keep less for backward (see above), and do forward's work a second time but for its loop.
 
     Raises:
         RuntimeError: differentiated twice.
     """
     # In this order: torch.compile need not look into the other.
     if not_now_for(x_TBI, h_BP, c_BH, weights, norms, step) or never_for(norms, weights):
-        return reference.lstm_layer(x_TBI, mask_BT, h_BP, c_BH, weights, norms, step, carry)
+        return reference.lstm_layer(x_TBI, mask_BT, h_BP, c_BH, weights, norms, step, carry, recompute=recompute)
     length, rows = x_TBI.shape[:2]
     mask_TB = count_T = None
     if mask_BT is not None:
@@ -616,12 +736,9 @@ def lstm_layer(
     norm = norms.input_to_hidden
     alone = _kind(norm) is None or (norm.per_step and isinstance(step, Tensor))
     if alone:
-        # Statistics over time, or unusual ones: the norm itself, over all time steps and before the loop.
-        projected = F.linear(x_TBI, weight_GI).transpose(0, 1)
-        given = None if carry is None else carry.input_to_hidden
-        projected, statistics, input_carry = norm.normalize(projected, mask_BT, step, given)
-        if norm.training and statistics is not None:
-            norm.store(statistics, step)
+        again = recompute and torch.is_grad_enabled()
+        given = carry or SiteCarry(None, None, None)
+        projected, input_carry = reference.project(x_TBI, mask_BT, weights.input, norm, step, given, again)
         x, weight_GI = projected.transpose(0, 1), None
     sites = (
         _Site(NONE, norm.dim) if alone else _site(norm, mask_BT, step, rows, length, h_BP),
@@ -631,8 +748,8 @@ def lstm_layer(
     affine = [value for site in sites for value in (site.weight, site.bias)]
     bias_G = None if weights.bias is None else weights.bias.contiguous()
     tensors = (x, weight_GI, weights.hidden, bias_G, h_BP, c_BH, *affine)
-    kept = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    results = _Recurrence.apply((sites, mask_TB, count_T, kept), *tensors)
+    gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    results = _Recurrence.apply((sites, mask_TB, count_T, gradient, recompute), *tensors)
     assert isinstance(results, tuple)
     h_TBH, last_c = results
     counts = h_TBH.new_full((length,), rows) if count_T is None else count_T.to(h_TBH.dtype)

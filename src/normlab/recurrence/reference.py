@@ -5,11 +5,14 @@ Equations 6 to 8 of Cooijmans et al. 2016 (arXiv 1603.09025), gates in torch's o
     [i f g o] = N(W_h h_{t-1}) + N(W_x x_t) + b        c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)
     h_t = sigmoid(o) tanh(N(c_t))                      the update of c itself is not normalized
 
-Shape suffixes: B batch, T time, I input features, H hidden, G gates (4H), P output features (H, or the projection's).
+Shape suffixes: B batch, T time, S time steps of a segment, I input features, H hidden, G gates (4H), P output features
+(H, or the projection's).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +21,11 @@ from torch import Tensor
 
 from normlab.norms.base import Norm, Step
 from normlab.norms.moments import Moments, Prefix
+from normlab.recurrence.recomputed import recomputed
+
+SEGMENT = 64
+"""Time steps recomputed at once. What one segment takes stands beside what all T steps keep, so it should be short; but
+the products over a segment want many rows, and each segment costs some calls of its own."""
 
 
 class Weights(NamedTuple):
@@ -50,19 +58,28 @@ class _Site:
 
     def __init__(self, norm: Norm, step: Step, carry: Prefix | None) -> None:
         self.norm, self.step, self.carry = norm, step, carry
-        self.collected: list[Moments] = []
+        self._collected: list[Moments] = []
 
     def __call__(self, x_BF: Tensor, keep_B1: Tensor | None, time: int) -> Tensor:
         y, statistics, self.carry = self.norm.normalize(x_BF.unsqueeze(1), keep_B1, self.step + time, self.carry)
         if statistics is not None:
-            self.collected.append(statistics)
+            self._collected.append(statistics)
         return y.squeeze(1)
 
-    def store(self) -> None:
-        """Each norm by its own mode: one of them may be in training alone (`recompute_statistics`)."""
-        if self.norm.training and self.collected:
-            joined = Moments(*(torch.cat(parts) for parts in zip(*self.collected, strict=True)))
-            self.norm.store(joined, self.step)
+    @property
+    def collected(self) -> Moments | None:
+        return _joined(self._collected) if self._collected else None
+
+
+class _Segment(NamedTuple):
+    """What the loop over some time steps gives: outputs S x B x P, the state, statistics to store, the norms' carry."""
+
+    outputs: Tensor
+    h: Tensor
+    c: Tensor
+    hidden_statistics: Moments | None
+    cell_statistics: Moments | None
+    carry: SiteCarry
 
 
 def lstm_layer(
@@ -74,6 +91,8 @@ def lstm_layer(
     norms: SiteNorms,
     step: Step = 0,
     carry: SiteCarry | None = None,
+    *,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, SiteCarry]:
     """Run one layer in one direction, and update the norms' stored values if they are in training.
 
@@ -83,25 +102,85 @@ def lstm_layer(
         c_BH: cell before the first time step.
         step: time step of the first column.
         carry: the norms' running statistics from the columns before.
+        recompute: keep for backward the normalized input projection and the outputs alone, 4 + 1 in multiples of
+            B x T x H, and take the loop's other values anew, a segment at a time. torch.compile, which decides by
+            itself what to keep, is not told.
 
     Returns:
         outputs T x B x P, last h, last c, carry.
     """
+    recompute = recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     carry = carry or SiteCarry(None, None, None)
-    projected, statistics, input_carry = norms.input_to_hidden.normalize(
-        F.linear(x_TBI, weights.input).transpose(0, 1), mask_BT, step, carry.input_to_hidden
-    )
-    if norms.input_to_hidden.training and statistics is not None:
-        norms.input_to_hidden.store(statistics, step)
+    projected, input_carry = project(x_TBI, mask_BT, weights.input, norms.input_to_hidden, step, carry, recompute)
     if weights.bias is not None:
         projected = projected + weights.bias
-
-    hidden_site = _Site(norms.hidden_to_hidden, step, carry.hidden_to_hidden)
-    cell_site = _Site(norms.cell, step, carry.cell)
-    hidden_PG = weights.hidden.t()
-    steps = projected.unbind(1)
-    masks = [None] * len(steps) if mask_BT is None else mask_BT.split(1, dim=1)
+    loop = recomputed(_loop, norms[1:]) if recompute else partial(_loop, norms[1:])
+    now = SiteCarry(None, carry.hidden_to_hidden, carry.cell)
     h, c = h_BP, c_BH
+    segments: list[_Segment] = []
+    length = len(x_TBI)
+    span = SEGMENT if recompute else length
+    for start in range(0, length, span):
+        part = slice(start, start + span)
+        mask_BS = None if mask_BT is None else mask_BT[:, part]
+        segment = loop(projected[:, part], mask_BS, h, c, weights, step + start, now)
+        h, c, now = segment.h, segment.c, segment.carry
+        segments.append(segment)
+    # Each norm by its own mode: one of them may be in training alone (`recompute_statistics`). One in evaluation gave
+    # nothing to store.
+    for norm, found in (
+        (norms.hidden_to_hidden, [segment.hidden_statistics for segment in segments]),
+        (norms.cell, [segment.cell_statistics for segment in segments]),
+    ):
+        statistics = [part for part in found if part is not None]
+        if norm.training and statistics:
+            norm.store(_joined(statistics), step)
+    out_TBP = segments[0].outputs if len(segments) == 1 else torch.cat([segment.outputs for segment in segments])
+    if mask_BT is not None:
+        out_TBP = out_TBP.masked_fill(~mask_BT.t().unsqueeze(-1), 0)
+    return out_TBP, h, c, SiteCarry(input_carry, now.hidden_to_hidden, now.cell)
+
+
+def project(
+    x_TBI: Tensor,
+    mask_BT: Tensor | None,
+    weight_GI: Tensor,
+    norm: Norm,
+    step: Step,
+    carry: SiteCarry,
+    recompute: bool,
+) -> tuple[Tensor, Prefix | None]:
+    """The normalized input projection B x T x G over all time steps, and the norm's carry; stores its statistics."""
+    normalize = recomputed(_projection, [norm]) if recompute else partial(_projection, [norm])
+    projected, statistics, input_carry = normalize(x_TBI, mask_BT, weight_GI, step, carry.input_to_hidden)
+    if norm.training and statistics is not None:
+        norm.store(statistics, step)
+    return projected, input_carry
+
+
+def _projection(
+    norms: Sequence[Norm], x_TBI: Tensor, mask_BT: Tensor | None, weight_GI: Tensor, step: Step, carry: Prefix | None
+) -> tuple[Tensor, Moments | None, Prefix | None]:
+    (norm,) = norms
+    return norm.normalize(F.linear(x_TBI, weight_GI).transpose(0, 1), mask_BT, step, carry)
+
+
+def _loop(
+    norms: Sequence[Norm],
+    projected_BSG: Tensor,
+    mask_BS: Tensor | None,
+    h: Tensor,
+    c: Tensor,
+    weights: Weights,
+    step: Step,
+    carry: SiteCarry,
+) -> _Segment:
+    hidden_norm, cell_norm = norms
+    hidden_site = _Site(hidden_norm, step, carry.hidden_to_hidden)
+    cell_site = _Site(cell_norm, step, carry.cell)
+    hidden_PG = weights.hidden.t()
+    steps = projected_BSG.unbind(1)
+    masks = [None] * len(steps) if mask_BS is None else mask_BS.split(1, dim=1)
     outputs: list[Tensor] = []
     for time, (input_BG, keep_B1) in enumerate(zip(steps, masks, strict=True)):
         gates_BG = hidden_site(h @ hidden_PG, keep_B1, time) + input_BG
@@ -115,13 +194,13 @@ def lstm_layer(
         else:
             h, c = torch.where(keep_B1, new_h, h), torch.where(keep_B1, new_c, c)
         outputs.append(h)
-    # A norm in evaluation gave them nothing to store.
-    hidden_site.store()
-    cell_site.store()
-    out_TBP = torch.stack(outputs)
-    if mask_BT is not None:
-        out_TBP = out_TBP.masked_fill(~mask_BT.t().unsqueeze(-1), 0)
-    return out_TBP, h, c, SiteCarry(input_carry, hidden_site.carry, cell_site.carry)
+    running = SiteCarry(None, hidden_site.carry, cell_site.carry)
+    return _Segment(torch.stack(outputs), h, c, hidden_site.collected, cell_site.collected, running)
+
+
+def _joined(parts: list[Moments]) -> Moments:
+    """Statistics of time steps that follow one another."""
+    return Moments(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
 def reverse_valid(x_TBF: Tensor, length_B: Tensor | None) -> Tensor:
