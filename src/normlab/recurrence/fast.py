@@ -736,9 +736,10 @@ def lstm_layer(
     norm = norms.input_to_hidden
     alone = _kind(norm) is None or (norm.per_step and isinstance(step, Tensor))
     if alone:
-        again = recompute and torch.is_grad_enabled()
-        given = carry or SiteCarry(None, None, None)
-        projected, input_carry = reference.project(x_TBI, mask_BT, weights.input, norm, step, given, again)
+        given = None if carry is None else carry.input_to_hidden
+        projected, input_carry = reference.project(
+            x_TBI, mask_BT, weights.input, norm, step, given, recompute=recompute and torch.is_grad_enabled()
+        )
         x, weight_GI = projected.transpose(0, 1), None
     sites = (
         _Site(NONE, norm.dim) if alone else _site(norm, mask_BT, step, rows, length, h_BP),

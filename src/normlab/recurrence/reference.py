@@ -72,13 +72,12 @@ class _Site:
 
 
 class _Segment(NamedTuple):
-    """What the loop over some time steps gives: outputs S x B x P, the state, statistics to store, the norms' carry."""
+    """What some time steps give: outputs S x B x P, the state, and of each site statistics to store and the carry."""
 
     outputs: Tensor
     h: Tensor
     c: Tensor
-    hidden_statistics: Moments | None
-    cell_statistics: Moments | None
+    statistics: tuple[Moments | None, Moments | None, Moments | None]
     carry: SiteCarry
 
 
@@ -102,43 +101,40 @@ def lstm_layer(
         c_BH: cell before the first time step.
         step: time step of the first column.
         carry: the norms' running statistics from the columns before.
-        recompute: keep for backward the normalized input projection and the outputs alone, 4 + 1 in multiples of
-            B x T x H, and take the loop's other values anew, a segment at a time. torch.compile, which decides by
-            itself what to keep, is not told.
+        recompute: keep for backward the outputs alone, beside the input, and take all else anew, a segment of `SEGMENT`
+            time steps at a time. An input site that pools over time is taken anew as a whole, and its result is kept,
+            4 times as large as the outputs. torch.compile decides by itself what to keep and is not told.
 
     Returns:
         outputs T x B x P, last h, last c, carry.
     """
     recompute = recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    carry = carry or SiteCarry(None, None, None)
-    projected, input_carry = project(x_TBI, mask_BT, weights.input, norms.input_to_hidden, step, carry, recompute)
-    if weights.bias is not None:
-        projected = projected + weights.bias
-    loop = recomputed(_loop, norms[1:]) if recompute else partial(_loop, norms[1:])
-    now = SiteCarry(None, carry.hidden_to_hidden, carry.cell)
+    now = carry or SiteCarry(None, None, None)
+    x, weight_GI, input_carry = x_TBI, weights.input, None
+    if recompute and norms.input_to_hidden.shares.time != "step":
+        given = now.input_to_hidden
+        projected, input_carry = project(x, mask_BT, weights.input, norms.input_to_hidden, step, given, recompute=True)
+        x, weight_GI = projected.transpose(0, 1), None
+    run = recomputed(_segment, norms) if recompute else partial(_segment, norms)
     h, c = h_BP, c_BH
     segments: list[_Segment] = []
-    length = len(x_TBI)
-    span = SEGMENT if recompute else length
-    for start in range(0, length, span):
+    span = SEGMENT if recompute else len(x)
+    for start in range(0, len(x), span):
         part = slice(start, start + span)
         mask_BS = None if mask_BT is None else mask_BT[:, part]
-        segment = loop(projected[:, part], mask_BS, h, c, weights, step + start, now)
+        segment = run(x[part], weight_GI, mask_BS, h, c, weights, step + start, now)
         h, c, now = segment.h, segment.c, segment.carry
         segments.append(segment)
     # Each norm by its own mode: one of them may be in training alone (`recompute_statistics`). One in evaluation gave
     # nothing to store.
-    for norm, found in (
-        (norms.hidden_to_hidden, [segment.hidden_statistics for segment in segments]),
-        (norms.cell, [segment.cell_statistics for segment in segments]),
-    ):
-        statistics = [part for part in found if part is not None]
+    for norm, found in zip(norms, zip(*(segment.statistics for segment in segments), strict=True), strict=True):
+        statistics = [moments for moments in found if moments is not None]
         if norm.training and statistics:
             norm.store(_joined(statistics), step)
     out_TBP = segments[0].outputs if len(segments) == 1 else torch.cat([segment.outputs for segment in segments])
     if mask_BT is not None:
         out_TBP = out_TBP.masked_fill(~mask_BT.t().unsqueeze(-1), 0)
-    return out_TBP, h, c, SiteCarry(input_carry, now.hidden_to_hidden, now.cell)
+    return out_TBP, h, c, now if weight_GI is not None else now._replace(input_to_hidden=input_carry)
 
 
 def project(
@@ -147,27 +143,28 @@ def project(
     weight_GI: Tensor,
     norm: Norm,
     step: Step,
-    carry: SiteCarry,
+    carry: Prefix | None,
+    *,
     recompute: bool,
 ) -> tuple[Tensor, Prefix | None]:
     """The normalized input projection B x T x G over all time steps, and the norm's carry; stores its statistics."""
-    normalize = recomputed(_projection, [norm]) if recompute else partial(_projection, [norm])
-    projected, statistics, input_carry = normalize(x_TBI, mask_BT, weight_GI, step, carry.input_to_hidden)
+    run = recomputed(_projection, [norm]) if recompute else partial(_projection, [norm])
+    projected, statistics, carry = run(x_TBI, mask_BT, weight_GI, step, carry)
     if norm.training and statistics is not None:
         norm.store(statistics, step)
-    return projected, input_carry
+    return projected, carry
 
 
 def _projection(
     norms: Sequence[Norm], x_TBI: Tensor, mask_BT: Tensor | None, weight_GI: Tensor, step: Step, carry: Prefix | None
 ) -> tuple[Tensor, Moments | None, Prefix | None]:
-    (norm,) = norms
-    return norm.normalize(F.linear(x_TBI, weight_GI).transpose(0, 1), mask_BT, step, carry)
+    return norms[0].normalize(F.linear(x_TBI, weight_GI).transpose(0, 1), mask_BT, step, carry)
 
 
-def _loop(
+def _segment(
     norms: Sequence[Norm],
-    projected_BSG: Tensor,
+    x_SBI: Tensor,
+    weight_GI: Tensor | None,
     mask_BS: Tensor | None,
     h: Tensor,
     c: Tensor,
@@ -175,11 +172,18 @@ def _loop(
     step: Step,
     carry: SiteCarry,
 ) -> _Segment:
-    hidden_norm, cell_norm = norms
-    hidden_site = _Site(hidden_norm, step, carry.hidden_to_hidden)
-    cell_site = _Site(cell_norm, step, carry.cell)
+    """The loop over time; `x_SBI` is already projected and normalized (S x B x G) if `weight_GI` is None."""
+    projected, input_statistics, input_carry = x_SBI.transpose(0, 1), None, None
+    if weight_GI is not None:
+        projected, input_statistics, input_carry = _projection(
+            norms, x_SBI, mask_BS, weight_GI, step, carry.input_to_hidden
+        )
+    if weights.bias is not None:
+        projected = projected + weights.bias
+    hidden_site = _Site(norms[1], step, carry.hidden_to_hidden)
+    cell_site = _Site(norms[2], step, carry.cell)
     hidden_PG = weights.hidden.t()
-    steps = projected_BSG.unbind(1)
+    steps = projected.unbind(1)
     masks = [None] * len(steps) if mask_BS is None else mask_BS.split(1, dim=1)
     outputs: list[Tensor] = []
     for time, (input_BG, keep_B1) in enumerate(zip(steps, masks, strict=True)):
@@ -194,8 +198,8 @@ def _loop(
         else:
             h, c = torch.where(keep_B1, new_h, h), torch.where(keep_B1, new_c, c)
         outputs.append(h)
-    running = SiteCarry(None, hidden_site.carry, cell_site.carry)
-    return _Segment(torch.stack(outputs), h, c, hidden_site.collected, cell_site.collected, running)
+    statistics = (input_statistics, hidden_site.collected, cell_site.collected)
+    return _Segment(torch.stack(outputs), h, c, statistics, SiteCarry(input_carry, hidden_site.carry, cell_site.carry))
 
 
 def _joined(parts: list[Moments]) -> Moments:
