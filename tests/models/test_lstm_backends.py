@@ -16,7 +16,7 @@ from normlab.config import LSTMSites, NormOptions, SiteConfig, available_norms
 from normlab.models.lstm import LSTM, LSTMState
 from normlab.norms.base import Norm
 from normlab.probes.activations import SiteActivations
-from normlab.recurrence import fast
+from normlab.recurrence import fast, reference
 
 IN, H, B, T, MAX_STEPS = 5, 16, 8, 6, 8
 # Rows and groups large enough that no statistic is nearly 0: rounding would show.
@@ -71,6 +71,24 @@ def test_auto_equals_the_reference(norm: str, lengths: Tensor | None, shape: dic
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("norm", available_norms())
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "padded"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [{}, {"num_layers": 2, "bidirectional": True, "causal": False}])
+def test_recomputing_changes_no_number(
+    monkeypatch: pytest.MonkeyPatch, norm: str, lengths: Tensor | None, backend: str, shape: dict[str, Any]
+) -> None:
+    """Stored statistics included: they are taken twice and stored once, and backward sees those of before."""
+    monkeypatch.setattr(fast, "SEGMENT", 4)
+    monkeypatch.setattr(reference, "SEGMENT", 4)
+    recomputing = build(norm, recompute=True, **shape)
+    plain = copy.deepcopy(recomputing)
+    recomputing.backend = backend  # pyright: ignore[reportAttributeAccessIssue]
+    plain.backend, plain.recompute = "reference", False
+    for one, other in zip(run(recomputing, lengths), run(plain, lengths), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_sites_with_norms_of_unlike_directions(causal: bool) -> None:
     sites = LSTMSites(hidden_to_hidden=SiteConfig(norm="ln"), cell=SiteConfig(norm="bn_step"))
@@ -91,7 +109,8 @@ def test_the_choice_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build("ln").backend_choice("cuda") == ("reference", "the input is not on a CPU")
     ghosts = build("bn", norm_options=NormOptions(ghost_rows=2))
     assert ghosts.backend_choice() == ("reference", "bn at hidden_to_hidden has no fast form with ghost_rows")
-    monkeypatch.setattr(fast.kernels, "load", lambda dtype: None)
+    assert build("none", recompute=True).backend_choice()[0] == "fast"
+    monkeypatch.setattr(fast.kernels, "compiler", lambda: None)
     assert build("ln").backend_choice() == ("fast", "torch operators: no C compiler that works")
 
 

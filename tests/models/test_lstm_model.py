@@ -57,7 +57,27 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LSTMConfig) if field.name != "name"])
+FIELDS = {field.name for field in dataclasses.fields(LSTMConfig)} - {"name", "recompute"}
+
+
+def test_recompute_keeps_less_and_changes_no_number() -> None:
+    recomputing = dataclasses.replace(SMALL, recompute=True)
+    assert fingerprint(recomputing, None) == fingerprint(SMALL, None)
+    kept = []
+    for config in (SMALL, recomputing):
+        sizes: dict[int, int] = {}
+
+        def keep(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            build(config, None)(tokens())
+        kept.append(sum(sizes.values()))
+    assert kept[1] < kept[0]
+
+
+@pytest.mark.parametrize("field", sorted(FIELDS))
 def test_no_dead_knobs(field: str) -> None:
     classes = 2 if field == "bidirectional" else None
     changed = dataclasses.replace(SMALL, **{field: CHANGES[field]})

@@ -8,8 +8,11 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +36,12 @@ MAX_STEPS = 6
 
 
 @pytest.fixture(params=["c", "torch"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernels, and what runs on a machine without a compiler."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "load", lambda dtype: None)
-    elif kernels.compiler() is None:
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels, and what runs without them."""
+    if request.param == "c" and kernels.compiler() is None:
         pytest.skip("no C compiler on this machine")
-    return request.param
+    with kernels.left_out("a test") if request.param == "torch" else nullcontext():
+        yield request.param
 
 
 def build(names: tuple[str, str, str], inputs: int, hidden: int, *, bias: bool, affine: bool, seed: int) -> Any:
@@ -278,17 +280,22 @@ def test_a_single_row_is_refused_as_the_reference_refuses_it() -> None:
         fast.lstm_layer(x, None, h, c, weights, norms)
 
 
+def as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_libraries", {})
+    monkeypatch.setattr(kernels, "_failed", set())
+
+
 class TestBuilding:
     """The kernels' way from source to library, in a cache of the test's own."""
 
     @pytest.fixture(autouse=True)
-    def own_cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    def own_cache(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        kernels.load.cache_clear()
-        yield
-        kernels.load.cache_clear()
+        as_a_new_process(monkeypatch)
 
-    def test_built_once(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_built_once(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         if kernels.compiler() is None:
             pytest.skip("no C compiler on this machine")
         caplog.set_level(logging.INFO, "normlab.recurrence")
@@ -296,10 +303,45 @@ class TestBuilding:
         assert caplog.text.count("built the LSTM kernels") == 1
         built = list((tmp_path / "normlab").iterdir())
         assert [path.suffix for path in built] == [".so"]
-        kernels.load.cache_clear()
+        as_a_new_process(monkeypatch)
         assert kernels.load(torch.float32) is not None
         assert list((tmp_path / "normlab").iterdir()) == built
         assert caplog.text.count("building the LSTM kernels") == 1
+
+    def test_built_at_the_first_call_with_gradient(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        if kernels.compiler() is None:
+            pytest.skip("no C compiler on this machine")
+        weights, norms = build(("ln", "ln", "ln"), 3, 4, bias=True, affine=True, seed=0)
+        x, _, h, c = inputs_of({"rows": 3, "length": 4, "inputs": 3, "hidden": 4, "masked": False})
+        to_come = "C kernels, which the first call with gradient builds"
+        for _ in range(2):
+            assert fast.engine(norms, torch.float64) == to_come
+            with torch.no_grad():
+                without = fast.lstm_layer(x, None, h, c, weights, norms)[0]
+        assert not (tmp_path / "normlab").exists()
+        with_gradient = fast.lstm_layer(x, None, h, c, weights, norms)[0]
+        assert fast.engine(norms, torch.float64) == "C kernels"
+        torch.testing.assert_close(without, with_gradient, **EXACT)
+        as_a_new_process(monkeypatch)
+        assert kernels.find(torch.float64) is not None
+        assert kernels.find(torch.float32) is None
+
+    def test_left_out(self, tmp_path: Path) -> None:
+        _, norms = build(("ln", "ln", "ln"), 3, 4, bias=True, affine=True, seed=0)
+        with kernels.left_out("one reason"):
+            with kernels.left_out("another"):
+                assert fast.engine(norms, torch.float32) == "torch operators: another"
+            assert fast.engine(norms, torch.float32) == "torch operators: one reason"
+            assert kernels.load(torch.float32) is None
+        assert not (tmp_path / "normlab").exists()
+
+    def test_the_line_while_building_is_seen_without_logging_set_up(self, tmp_path: Path) -> None:
+        if kernels.compiler() is None:
+            pytest.skip("no C compiler on this machine")
+        code = "import torch, normlab; normlab.LSTM(2, 2, norm='ln')(torch.zeros(1, 1, 2))"
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert run.stderr.count("building the LSTM kernels with") == 1
+        assert run.stdout == ""
 
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         monkeypatch.setenv("PATH", "")
@@ -321,6 +363,8 @@ class TestBuilding:
         assert kernels.load(torch.float32) is None
         assert "it is broken" in caplog.text
         assert list((tmp_path / "normlab").iterdir()) == []
+        _, norms = build(("ln", "ln", "ln"), 3, 4, bias=True, affine=True, seed=0)
+        assert fast.engine(norms, torch.float32) == "torch operators: no C compiler that works"
 
     def test_a_cache_that_can_not_be_written(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if kernels.compiler() is None:

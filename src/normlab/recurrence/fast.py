@@ -87,13 +87,13 @@ def not_now_for(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Weights, nor
 
 
 def engine(norms: SiteNorms, dtype: torch.dtype) -> str:
-    """What does the work of a time step for these norms, and why not the kernels; builds them if need be."""
+    """What does the work of a time step of a call with gradient for these norms, and why not the kernels."""
     kinds = {_kind(norm) for norm in norms}
     if {ROWS, BATCH} <= kinds:
         return "torch operators: the sites take statistics in different directions"
-    if kernels.load(dtype) is None:
-        return "torch operators: no C compiler that works"
-    return "C kernels"
+    if absence := kernels.absence(dtype):
+        return f"torch operators: {absence}"
+    return "C kernels" if kernels.find(dtype) is not None else "C kernels, which the first call with gradient builds"
 
 
 def _kind(norm: Norm) -> int | None:
@@ -446,9 +446,11 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _steps(tape: _Tape) -> _KernelSteps | _TorchSteps:
+def _steps(tape: _Tape, gradient: bool = True) -> _KernelSteps | _TorchSteps:
     kinds = {site.kind for site in tape.sites}
-    library = None if {ROWS, BATCH} <= kinds else kernels.load(tape.gates.dtype)
+    # A call without gradient may be the only one: it is not worth compiling for.
+    which = kernels.load if gradient else kernels.find
+    library = None if {ROWS, BATCH} <= kinds else which(tape.gates.dtype)
     if library is None:
         return _TorchSteps(tape)
     return _KernelSteps(library, tape, _threads(tape))
@@ -590,7 +592,7 @@ class _Recurrence(torch.autograd.Function):
         for part in _segments(length, kept):
             starts.append(c)
             tape = layer.tape(part, h, c, output[part], kept=kept)
-            steps = _steps(tape)
+            steps = _steps(tape, gradient)
             for time, after in enumerate(tape.output):
                 steps.forward(time, recurrent(h))
                 h = after

@@ -1,12 +1,16 @@
 """Builds kernels.c with the system's C compiler, once per machine, and mirrors its structures.
 
+A library that is there, in this process or in the cache on disk, is used at once. Else it is built when that pays: at
+the first call with gradient (`load`), never for a call without (`find`). A training run decides before its first step
+(`worth_building`) and stays with its decision (`left_out`): kernels and torch operators round differently, in float32
+by about 1e-7 of a value, which training enlarges.
+
 A machine without a compiler is served too, more slowly: `load` then returns None, and says so once in the log.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import logging
 import os
@@ -15,17 +19,23 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-__all__ = ["Sequence", "Site", "compiler", "load"]
+__all__ = ["Sequence", "Site", "absence", "compiler", "find", "left_out", "load", "worth_building"]
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 TIMEOUT_SECONDS = 120
+BUILD_SECONDS = 1.0
+"""One precision, on one core of 2024."""
+SAVED_SECONDS = 350e-6
+"""Of a time step, forward and backward, over torch operators: mostly what starting those costs, whatever the sizes."""
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -53,13 +63,62 @@ class Sequence(ctypes.Structure):
     )
 
 
-@functools.cache
+_libraries: dict[torch.dtype, ctypes.CDLL | None] = {}
+"""What this process found or built; None: nothing in the cache, or (then in `_failed` too) nothing to be built."""
+_failed: set[torch.dtype] = set()
+_reasons: list[str] = []
+"""Why the kernels are left out, from the outermost `left_out` to the innermost."""
+
+
+def find(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels in float32 or float64 if they need not be built; looks into the cache on disk once."""
+    if _reasons:
+        return None
+    if dtype not in _libraries:
+        program = compiler()
+        _libraries[dtype] = None if program is None else _opened(program, dtype, build=False)
+    return _libraries[dtype]
+
+
 def load(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels in float32 or float64; None where there is no compiler or it does not succeed."""
+    """The kernels, built if need be; None where there is no compiler or it does not succeed, or they are left out."""
+    library = find(dtype)
+    if library is not None or _reasons or dtype in _failed:
+        return library
     program = compiler()
     if program is None:
         log.info("no C compiler found (cc, gcc or clang): normalized LSTMs run without their faster kernels")
-        return None
+    else:
+        library = _libraries[dtype] = _opened(program, dtype, build=True)
+    if library is None:
+        _failed.add(dtype)
+    return library
+
+
+def worth_building(time_steps: int) -> bool:
+    """Whether building takes less time than it saves over so many time steps of training (of any layer)."""
+    return time_steps * SAVED_SECONDS > BUILD_SECONDS
+
+
+@contextmanager
+def left_out(reason: str) -> Iterator[None]:
+    """While open, the kernels are neither built nor used."""
+    _reasons.append(reason)
+    try:
+        yield
+    finally:
+        _reasons.remove(reason)
+
+
+def absence(dtype: torch.dtype) -> str:
+    """Why a call with gradient will not run on the kernels; empty if it will."""
+    if _reasons:
+        return _reasons[-1]
+    return "no C compiler that works" if dtype in _failed or compiler() is None else ""
+
+
+def _opened(program: str, dtype: torch.dtype, *, build: bool) -> ctypes.CDLL | None:
+    """The library from the cache, or else, with `build`, a new one."""
     precision = ("-DNORMLAB_DOUBLE",) if dtype == torch.float64 else ()
     failure = ""
     # One pool of threads with torch, else none: two pools on the same cores wait for each other.
@@ -73,7 +132,12 @@ def load(dtype: torch.dtype) -> ctypes.CDLL | None:
             *(("-march=native",) if native else ()),
         )
         try:
-            library = ctypes.CDLL(str(_built(program, flags)))
+            path = _place(program, flags)
+            if not path.exists():
+                if not build:
+                    continue
+                path = _built(program, flags, path)
+            library = ctypes.CDLL(str(path))
         except (OSError, subprocess.SubprocessError) as error:
             failure = getattr(error, "stderr", None) or str(error)
             continue
@@ -81,7 +145,8 @@ def load(dtype: torch.dtype) -> ctypes.CDLL | None:
             function = getattr(library, name)
             function.argtypes, function.restype = (ctypes.POINTER(Sequence), _INT, last), None
         return library
-    log.warning("%s could not build the LSTM kernels, which run without: %s", program, failure.strip()[-300:])
+    if build:
+        log.warning("%s could not build the LSTM kernels, which run without: %s", program, failure.strip()[-300:])
     return None
 
 
@@ -103,20 +168,29 @@ def _share_threads() -> bool:
     return True
 
 
-def _built(program: str, flags: tuple[str, ...]) -> Path:
-    """The shared library built with `flags`, from the cache if it is there."""
+def _place(program: str, flags: tuple[str, ...]) -> Path:
+    """Where the shared library of this source, compiler, CPU and `flags` belongs."""
     source = SOURCE.read_bytes()
     version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_SECONDS, check=True).stdout
     parts = (source, version, program.encode(), " ".join(flags).encode(), _cpu().encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    folder = _cache()
-    path = folder / f"lstm-{key}.so"
-    if path.exists():
-        return path
-    log.info("building the LSTM kernels with %s, once on this machine", program)
+    return _cache() / f"lstm-{key}.so"
+
+
+def _built(program: str, flags: tuple[str, ...], path: Path) -> Path:
+    """Build the shared library at `path`, or in a new folder for this process if that can not be written; its path."""
+    # A warning, so that it is seen where nobody has set up logging: the first step waits for it.
+    log.warning("building the LSTM kernels with %s, once on this machine", program)
     began = time.monotonic()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        path = Path(tempfile.mkdtemp(prefix="normlab-")) / path.name
     # Beside its place and then renamed: another process never sees half a file.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         unlinked, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
         _run(program, *flags, "-c", str(SOURCE), "-o", str(unlinked))
         # Linked without -fopenmp, which would bring in a second OpenMP.
@@ -131,14 +205,12 @@ def _run(*command: str) -> None:
 
 
 def _cache() -> Path:
-    """A folder of the user's own; a new one for this process where there is none to write to."""
+    """A folder of the user's own, which need not exist."""
     root = os.environ.get("XDG_CACHE_HOME")
     try:
-        folder = (Path(root) if root else Path.home() / ".cache") / "normlab"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="normlab-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="normlab-"))
+        return (Path(root) if root else Path.home() / ".cache") / "normlab"
+    except RuntimeError:  # a user without a home: nothing is there, nor can be put there
+        return Path(os.devnull) / "normlab"
 
 
 def _cpu() -> str:

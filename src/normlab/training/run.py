@@ -29,6 +29,7 @@ from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.tasks.metrics import baseline
 from normlab.training.datamodule import TextDataModule, WholeRun
+from normlab.training.engine import one_engine
 from normlab.training.facts import (
     data_facts,
     device_names,
@@ -189,8 +190,13 @@ class _Run:
 
     def train(self) -> Outcome:
         """Fit, then evaluate the weights with the best validation loss."""
+        begun_with = self.record.environment().get("kernels") if self.checkpoints.last.exists() else None
+        with one_engine(self.module, self.trainer, begun_with) as on_kernels:
+            return self._train(on_kernels)
+
+    def _train(self, on_kernels: bool | None) -> Outcome:
         if self.first:
-            self._write_environment()
+            self._write_environment(on_kernels)
             self.text.tokenizer.save(self.record.tokenizer_path)
         self._add_callbacks()
         resume = self._resume_path()
@@ -279,7 +285,7 @@ class _Run:
     def _outcome(self, state: Any, reason: str, results: dict[str, float | int | str]) -> Outcome:
         return Outcome(state, reason, self.step, self.stopwatch.seconds, results)
 
-    def _write_environment(self) -> None:
+    def _write_environment(self, on_kernels: bool | None) -> None:
         environment = collect_environment(device_names(self.trainer))
         environment["data"] = data_facts(self.text, self.config)
         environment["sites"] = site_facts(self.module)
@@ -287,6 +293,7 @@ class _Run:
         recurrence = recurrence_facts(self.module, self.trainer)
         if recurrence:
             environment["recurrence"] = recurrence
+            environment["kernels"] = on_kernels
             self._say("recurrence: {backend} ({reason})".format(**recurrence))
         devices, accumulate = self.config.training.devices, self.config.training.accumulate
         rows = statistics_rows(self.module, self.batch_size, devices)
