@@ -1,0 +1,95 @@
+"""One engine for the LSTM's time steps through a whole run: C kernels where they are built or worth it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from normlab.config import RunConfig
+from normlab.recurrence import kernels
+from normlab.training import stopping
+from normlab.training.run import train
+
+Build = Callable[..., RunConfig]
+SHORT = "torch operators: a run this short is not worth compiling for"
+
+
+def as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_libraries", {})
+    monkeypatch.setattr(kernels, "_failed", set())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if kernels.compiler() is None:
+        pytest.skip("no C compiler on this machine")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    as_a_new_process(monkeypatch)
+
+
+def engine_of(config: RunConfig) -> tuple[str, bool | None]:
+    environment = train(config).environment()
+    return environment["recurrence"]["reason"], environment["kernels"]
+
+
+def built(tmp_path: Path) -> int:
+    return len(list(tmp_path.glob("cache/normlab/*.so")))
+
+
+def test_built_for_a_run_that_it_pays_for(tiny_run: Build, tmp_path: Path) -> None:
+    assert engine_of(tiny_run(training__steps=2)) == (SHORT, False)
+    assert built(tmp_path) == 0
+    # 12 time steps, and twice as many updates of two layers: 48 per step.
+    enough = int(kernels.BUILD_SECONDS / kernels.SAVED_SECONDS / 48) + 1
+    longer: dict[str, Any] = {"training__accumulate": 2, "model__layers": 2, "model__width": 2}
+    assert engine_of(tiny_run(**longer, training__steps=enough - 1)) == (SHORT, False)
+    assert engine_of(tiny_run(**longer, training__steps=enough)) == ("C kernels", True)
+    assert built(tmp_path) == 1
+
+
+def test_what_is_built_already_is_used(tiny_run: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.load(torch.float32) is not None
+    as_a_new_process(monkeypatch)
+    assert engine_of(tiny_run(training__steps=2)) == ("C kernels", True)
+
+
+def test_no_kernels_where_none_are_wanted(tiny_run: Build, tmp_path: Path) -> None:
+    reasons = {"none": "every site is bare", "inorm": "inorm at hidden_to_hidden has no fast form"}
+    for norm, reason in reasons.items():
+        assert engine_of(tiny_run(training__steps=2, model__norm=norm)) == (reason, None)
+    assert "kernels" not in train(tiny_run(model="transformer", training__steps=2)).environment()
+    assert built(tmp_path) == 0
+
+
+@pytest.mark.parametrize("begins_with_kernels", [False, True])
+def test_a_run_goes_on_with_the_engine_it_began_with(
+    tiny_run: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, begins_with_kernels: bool
+) -> None:
+    """Whatever was built, or deleted, meanwhile."""
+    config = tiny_run(training__steps=10)
+    if begins_with_kernels:
+        assert kernels.load(torch.float32) is not None
+
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 6:
+                signals = [part for part in trainer.callbacks if isinstance(part, stopping.StopSignals)]  # pyright: ignore
+                signals[0].received = 2
+
+    with monkeypatch.context() as patch:
+        init = pl.Trainer.__init__
+        patch.setattr(pl.Trainer, "__init__", lambda self, **options: init(self, **options, callbacks=[Stop()]))
+        assert train(config).outcome().state == "interrupted"
+    as_a_new_process(monkeypatch)
+    if begins_with_kernels:
+        for path in tmp_path.glob("cache/normlab/*.so"):
+            path.unlink()
+        assert engine_of(config) == ("C kernels", True)
+    else:
+        assert kernels.load(torch.float32) is not None
+        assert engine_of(config) == ("torch operators: as this run began", False)
