@@ -42,6 +42,7 @@ __all__ = [
     "model_label",
     "require_choice",
     "run_id",
+    "without_cell",
 ]
 
 
@@ -118,6 +119,15 @@ class LSTMSites:
     input_to_hidden: SiteConfig = field(default_factory=SiteConfig)
     hidden_to_hidden: SiteConfig = field(default_factory=SiteConfig)
     cell: SiteConfig = field(default_factory=SiteConfig)
+
+
+def without_cell(sites: LSTMSites, model: str) -> LSTMSites:
+    """`sites` for a recurrence that has no c: one at the cell would stand nowhere, and is refused."""
+    _require(
+        sites.cell == SiteConfig(),
+        f"sites.cell is set, but {model} has no c that a norm could stand on; leave it out",
+    )
+    return dataclasses.replace(sites, cell=_bare())
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,28 @@
-"""The LSTM recurrence as a plain loop over time: the truth that faster backends are checked against.
+"""Recurrences as a plain loop over time: the truth that faster backends are checked against.
 
-Equations 6 to 8 of Cooijmans et al. 2016 (arXiv 1603.09025), gates in torch's order:
+LSTM: equations 6 to 8 of Cooijmans et al. 2016 (arXiv 1603.09025), gates in torch's order:
 
     [i f g o] = N(W_h h_{t-1}) + N(W_x x_t) + b        c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g)
     h_t = sigmoid(o) tanh(N(c_t))                      the update of c itself is not normalized
 
-Shape suffixes: B batch, T time, I input features, H hidden, G gates (4H), P output features (H, or the projection's).
+GRU, in torch's form, where the reset gate acts on the finished product and both biases of n stand apart:
+
+    [r z] = sigmoid(N(W_h h_{t-1}) + b_h + N(W_x x_t) + b_x)
+    n = tanh(N(W_x x_t) + b_x + r (N(W_h h_{t-1}) + b_h))    h_t = (1 - z) n + z h_{t-1}
+
+RNN: h_t = tanh or relu of N(W_h h_{t-1}) + N(W_x x_t) + b
+
+Each N of a product stands over all gates at once, as in the LSTM.
+
+Shape suffixes: B batch, T time, I input features, H hidden, G gates (4H, 3H, H), P output features (H, or the
+projection's).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,23 +30,30 @@ from torch import Tensor
 
 from normlab.norms.base import Norm, Step
 from normlab.norms.moments import Moments, Prefix
+from normlab.norms.none import NoNorm
+
+Activation = Literal["tanh", "relu"]
+Cell = Callable[[Tensor, Tensor, tuple[Tensor, ...], Callable[[Tensor], Tensor]], tuple[Tensor, ...]]
+"""What W_x x and W_h h give (normalized, with bias), the state before, the cell's norm -> the state after, h first."""
 
 
 class Weights(NamedTuple):
-    """Parameters of one layer and direction: G x I, G x P, G and, with torch's proj_size, P x H."""
+    """Parameters of one layer and direction: G x I, G x P, G and, with torch's proj_size, P x H; of a GRU also G, the
+    bias of the product with h."""
 
     input: Tensor
     hidden: Tensor
     bias: Tensor | None
     projection: Tensor | None
+    hidden_bias: Tensor | None = None
 
 
 class SiteNorms(NamedTuple):
-    """The norms of one layer and direction."""
+    """The norms of one layer and direction; `cell` is the LSTM's alone."""
 
     input_to_hidden: Norm
     hidden_to_hidden: Norm
-    cell: Norm
+    cell: Norm = NoNorm(1)
 
 
 class SiteCarry(NamedTuple):
@@ -65,6 +84,40 @@ class _Site:
             self.norm.store(joined, self.step)
 
 
+def lstm_cell(
+    input_BG: Tensor, hidden_BG: Tensor, state: tuple[Tensor, ...], normalize_cell: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """h and c of the next time step; h before a projection."""
+    i, f, g, o = (hidden_BG + input_BG).chunk(4, 1)
+    c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(normalize_cell(c)), c
+
+
+def gru_cell(
+    input_BG: Tensor, hidden_BG: Tensor, state: tuple[Tensor, ...], normalize_cell: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """h of the next time step."""
+    input_rz, input_n = input_BG.tensor_split([input_BG.shape[1] // 3 * 2], 1)
+    hidden_rz, hidden_n = hidden_BG.tensor_split([hidden_BG.shape[1] // 3 * 2], 1)
+    r, z = torch.sigmoid(input_rz + hidden_rz).chunk(2, 1)
+    n = torch.tanh(input_n + r * hidden_n)
+    return ((1 - z) * n + z * state[0],)
+
+
+def tanh_cell(
+    input_BG: Tensor, hidden_BG: Tensor, state: tuple[Tensor, ...], normalize_cell: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """h of the next time step."""
+    return (torch.tanh(hidden_BG + input_BG),)
+
+
+def relu_cell(
+    input_BG: Tensor, hidden_BG: Tensor, state: tuple[Tensor, ...], normalize_cell: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, ...]:
+    """h of the next time step."""
+    return (torch.relu(hidden_BG + input_BG),)
+
+
 def lstm_layer(
     x_TBI: Tensor,
     mask_BT: Tensor | None,
@@ -87,41 +140,90 @@ def lstm_layer(
     Returns:
         outputs T x B x P, last h, last c, carry.
     """
-    carry = carry or SiteCarry(None, None, None)
-    projected, statistics, input_carry = norms.input_to_hidden.normalize(
-        F.linear(x_TBI, weights.input).transpose(0, 1), mask_BT, step, carry.input_to_hidden
-    )
-    if norms.input_to_hidden.training and statistics is not None:
-        norms.input_to_hidden.store(statistics, step)
-    if weights.bias is not None:
-        projected = projected + weights.bias
+    out_TBP, (h, c), carry = _loop(lstm_cell, x_TBI, mask_BT, (h_BP, c_BH), weights, norms, step, carry)
+    return out_TBP, h, c, carry
 
+
+def gru_layer(
+    x_TBI: Tensor,
+    mask_BT: Tensor | None,
+    h_BH: Tensor,
+    weights: Weights,
+    norms: SiteNorms,
+    step: Step = 0,
+    carry: SiteCarry | None = None,
+) -> tuple[Tensor, Tensor, SiteCarry]:
+    """As `lstm_layer`: outputs T x B x H, last h, carry."""
+    out_TBH, (h,), carry = _loop(gru_cell, x_TBI, mask_BT, (h_BH,), weights, norms, step, carry)
+    return out_TBH, h, carry
+
+
+def rnn_layer(
+    x_TBI: Tensor,
+    mask_BT: Tensor | None,
+    h_BH: Tensor,
+    weights: Weights,
+    norms: SiteNorms,
+    step: Step = 0,
+    carry: SiteCarry | None = None,
+    activation: Activation = "tanh",
+) -> tuple[Tensor, Tensor, SiteCarry]:
+    """As `lstm_layer`: outputs T x B x H, last h, carry."""
+    cell = tanh_cell if activation == "tanh" else relu_cell
+    out_TBH, (h,), carry = _loop(cell, x_TBI, mask_BT, (h_BH,), weights, norms, step, carry)
+    return out_TBH, h, carry
+
+
+def normalized_input(
+    x_TBI: Tensor, mask_BT: Tensor | None, weights: Weights, norm: Norm, step: Step, carry: Prefix | None
+) -> tuple[Tensor, Prefix | None]:
+    """N(W_x x) + b of all time steps, B x T x G, and the norm's carry; stores the statistics of a norm in training."""
+    projected, statistics, carry = norm.normalize(
+        F.linear(x_TBI, weights.input).transpose(0, 1), mask_BT, step, carry
+    )
+    if norm.training and statistics is not None:
+        norm.store(statistics, step)
+    return (projected if weights.bias is None else projected + weights.bias), carry
+
+
+def _loop(
+    cell: Cell,
+    x_TBI: Tensor,
+    mask_BT: Tensor | None,
+    state: tuple[Tensor, ...],
+    weights: Weights,
+    norms: SiteNorms,
+    step: Step,
+    carry: SiteCarry | None,
+) -> tuple[Tensor, tuple[Tensor, ...], SiteCarry]:
+    carry = carry or SiteCarry(None, None, None)
+    projected, input_carry = normalized_input(
+        x_TBI, mask_BT, weights, norms.input_to_hidden, step, carry.input_to_hidden
+    )
     hidden_site = _Site(norms.hidden_to_hidden, step, carry.hidden_to_hidden)
     cell_site = _Site(norms.cell, step, carry.cell)
     hidden_PG = weights.hidden.t()
     steps = projected.unbind(1)
     masks = [None] * len(steps) if mask_BT is None else mask_BT.split(1, dim=1)
-    h, c = h_BP, c_BH
     outputs: list[Tensor] = []
     for time, (input_BG, keep_B1) in enumerate(zip(steps, masks, strict=True)):
-        gates_BG = hidden_site(h @ hidden_PG, keep_B1, time) + input_BG
-        i, f, g, o = gates_BG.chunk(4, 1)
-        new_c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        new_h = torch.sigmoid(o) * torch.tanh(cell_site(new_c, keep_B1, time))
+        hidden_BG = hidden_site(state[0] @ hidden_PG, keep_B1, time)
+        if weights.hidden_bias is not None:
+            hidden_BG = hidden_BG + weights.hidden_bias
+        new = cell(input_BG, hidden_BG, state, partial(cell_site, keep_B1=keep_B1, time=time))
         if weights.projection is not None:
-            new_h = F.linear(new_h, weights.projection)
-        if keep_B1 is None:
-            h, c = new_h, new_c
-        else:
-            h, c = torch.where(keep_B1, new_h, h), torch.where(keep_B1, new_c, c)
-        outputs.append(h)
+            new = (F.linear(new[0], weights.projection), *new[1:])
+        if keep_B1 is not None:
+            new = tuple(torch.where(keep_B1, after, before) for after, before in zip(new, state, strict=True))
+        state = new
+        outputs.append(state[0])
     # A norm in evaluation gave them nothing to store.
     hidden_site.store()
     cell_site.store()
     out_TBP = torch.stack(outputs)
     if mask_BT is not None:
         out_TBP = out_TBP.masked_fill(~mask_BT.t().unsqueeze(-1), 0)
-    return out_TBP, h, c, SiteCarry(input_carry, hidden_site.carry, cell_site.carry)
+    return out_TBP, state, SiteCarry(input_carry, hidden_site.carry, cell_site.carry)
 
 
 def reverse_valid(x_TBF: Tensor, length_B: Tensor | None) -> Tensor:
