@@ -108,7 +108,7 @@ def _bare() -> SiteConfig:
 
 @dataclass(frozen=True)
 class LSTMSites:
-    """Sites of the LSTM (Cooijmans et al. 2016, arXiv 1603.09025, equations 6 to 8).
+    """Sites of the LSTM (Cooijmans et al. 2016, arXiv 1603.09025, equations 6 to 8); a GRU or RNN has the first two.
 
     Args:
         input_to_hidden: on W_x x_t, gain only (the bias is the cell's own).
@@ -125,7 +125,7 @@ def without_cell(sites: LSTMSites, model: str) -> LSTMSites:
     """`sites` for a recurrence that has no c: one at the cell would stand nowhere, and is refused."""
     _require(
         sites.cell == SiteConfig(),
-        f"sites.cell is set, but {model} has no c that a norm could stand on; leave it out",
+        f"model.sites.cell is set, but {model} has no c that a norm could stand on; leave it out",
     )
     return dataclasses.replace(sites, cell=_bare())
 
@@ -226,7 +226,7 @@ class NormOptions:
 
 @dataclass(frozen=True)
 class LSTMConfig:
-    """A stack of LSTM layers with a norm at three named sites, between an embedding and a head.
+    """A stack of LSTM, GRU or RNN layers with a norm at named sites, between an embedding and a head.
 
     Args:
         norm: the norm under test; a file name in normlab/norms.
@@ -244,7 +244,9 @@ class LSTMConfig:
         state_noise: standard deviation of noise on h_0 and c_0 in training; makes the rows of a batch
             differ at the first time step.
         recurrent_init: initial hidden-to-hidden matrices, one block per gate.
-        forget_bias: initial bias of the forget gate.
+        forget_bias: initial bias of the forget gate (lstm alone).
+        cell: the recurrence: lstm, gru, rnn_tanh or rnn_relu. Those beside lstm have no c, hence no site and no learned
+            state of it.
     """
 
     name: Literal["lstm"] = "lstm"
@@ -262,10 +264,19 @@ class LSTMConfig:
     state_noise: float = 0.0
     recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal"
     forget_bias: float = 1.0
+    cell: Literal["lstm", "gru", "rnn_tanh", "rnn_relu"] = _later("lstm")
 
     def __post_init__(self) -> None:
         require_choice("norm", self.norm, available_norms())
-        _require_norm_stands(self.norm, self.sites)
+        require_choice("model.cell", self.cell, ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+        sites = self.sites
+        if self.cell != "lstm":
+            sites = without_cell(sites, self.cell)
+            _require(
+                self.forget_bias == LSTMConfig.forget_bias,
+                f"model.forget_bias is set, but {self.cell} has no forget gate; leave it out",
+            )
+        _require_norm_stands(self.norm, sites)
         _require(self.width >= 1, f"model.width is {self.width}; it must be at least 1")
         _require(self.layers >= 1, f"model.layers is {self.layers}; it must be at least 1")
         _require(self.embedding_width >= 0, "model.embedding_width must be >= 0 (0 takes model.width)")
@@ -412,7 +423,9 @@ MODELS: dict[str, type[LSTMConfig] | type[TransformerConfig] | type[HuggingFaceC
 
 
 def model_label(model: ModelConfig) -> str:
-    """What a model is called in ids and tags: its name, and of an architecture of transformers that too."""
+    """What a model is called in ids and tags: its cell's name, or its own, and of an architecture of transformers both."""
+    if isinstance(model, LSTMConfig):
+        return model.cell
     if isinstance(model, HuggingFaceConfig):
         return f"{model.name}_{re.sub(r'[^a-z0-9]+', '_', model.architecture.lower())}"
     return model.name

@@ -54,6 +54,7 @@ CHANGES: dict[str, Any] = {
     "state_noise": 0.3,
     "recurrent_init": "uniform",
     "forget_bias": 0.0,
+    "cell": "gru",
 }
 
 

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T time, F features, P output features; L layers times d
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self, cast
@@ -101,7 +102,7 @@ class HiddenState(RecurrentState, Tensor):
 
     fields = ("h",)
     # As torch.nn.Parameter: results of operators are no states.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], step: Tensor, carry: Carry | None = None) -> Self:
@@ -113,6 +114,9 @@ class HiddenState(RecurrentState, Tensor):
     @classmethod
     def tensors_of(cls, plain: Any) -> tuple[Tensor, ...]:
         return (plain.as_subclass(Tensor),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self._map(lambda x: copy.deepcopy(x, memo))
 
 
 class Recurrent(nn.RNNBase):

@@ -435,7 +435,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            'the fast LSTM has no second derivative; build it with backend="reference", which differentiates twice'
+            'the fast layer has no second derivative; build it with backend="reference", which differentiates twice'
         )
 
 

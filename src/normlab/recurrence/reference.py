@@ -178,9 +178,7 @@ def normalized_input(
     x_TBI: Tensor, mask_BT: Tensor | None, weights: Weights, norm: Norm, step: Step, carry: Prefix | None
 ) -> tuple[Tensor, Prefix | None]:
     """N(W_x x) + b of all time steps, B x T x G, and the norm's carry; stores the statistics of a norm in training."""
-    projected, statistics, carry = norm.normalize(
-        F.linear(x_TBI, weights.input).transpose(0, 1), mask_BT, step, carry
-    )
+    projected, statistics, carry = norm.normalize(F.linear(x_TBI, weights.input).transpose(0, 1), mask_BT, step, carry)
     if norm.training and statistics is not None:
         norm.store(statistics, step)
     return (projected if weights.bias is None else projected + weights.bias), carry
