@@ -423,7 +423,7 @@ MODELS: dict[str, type[LSTMConfig] | type[TransformerConfig] | type[HuggingFaceC
 
 
 def model_label(model: ModelConfig) -> str:
-    """What a model is called in ids and tags: its cell's name, or its own, and of an architecture of transformers both."""
+    """What a model is called in ids and tags: that of its cell, or its own, with that of an architecture."""
     if isinstance(model, LSTMConfig):
         return model.cell
     if isinstance(model, HuggingFaceConfig):

@@ -2,8 +2,8 @@
 
 As fast.py does it for the LSTM, whose sites, buffers and kernels these share. The input site stands before the loop:
 its norm runs by itself over all time steps, whatever it is. The loop is left with a matrix product and one call per
-step, forward and backward, both in the C of kernels.c. Without a compiler the plain loop does it all: torch operators on
-such buffers took 75 to 103 % of its time.
+step, forward and backward, both in the C of kernels.c. Without a compiler the plain loop does it all: torch operators
+on such buffers took 75 to 103 % of its time.
 
 What backward keeps beside the input's projection, in multiples of B x T x H: of an RNN h alone, and 1 more where
 hidden_to_hidden is normalized; of a GRU 5 (3 gates, n's part of the product, h), and 3 more.
