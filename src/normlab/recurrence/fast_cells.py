@@ -5,7 +5,7 @@ its norm runs by itself over all time steps, whatever it is. The loop is left wi
 step, forward and backward, both in the C of kernels.c. Without a compiler the plain loop does it all: torch operators
 on such buffers took 75 to 103 % of its time.
 
-What backward keeps beside the input's projection, in multiples of B x T x H: of an RNN h alone, and 1 more where
+What backward keeps beside what the input site does, in multiples of B x T x H: of an RNN h alone, and 1 more where
 hidden_to_hidden is normalized; of a GRU 5 (3 gates, n's part of the product, h), and 3 more.
 
 Shape suffixes: B batch, T time, I input features, H hidden, G gates (3H, H), N = T x B.
