@@ -29,6 +29,7 @@ from normlab.config import (
     "model",
     [
         LSTMConfig(norm="bn"),
+        LSTMConfig(cell="rnn_relu"),
         TransformerConfig(placement="peri"),
         HuggingFaceConfig(architecture="gpt2", norm="bn", swap="*.ln_1", overrides={"n_layer": 2, "resid_pdrop": 0.0}),
     ],
@@ -62,6 +63,11 @@ def test_the_id_is_a_safe_folder_name():
     assert run_id(config).startswith("lstm-ln-pass_wd-s1-")
 
 
+def test_the_id_names_the_cell_and_stays_what_it_was_before_there_was_a_choice():
+    assert run_id(RunConfig(model=LSTMConfig(cell="gru"))).startswith("gru-ln-")
+    assert run_id(RunConfig(model=LSTMConfig(cell="lstm"))) == "lstm-ln-pydocs-s1-2239b9a5"
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -72,6 +78,9 @@ def test_the_id_is_a_safe_folder_name():
         ({"seed": -1}, "seed is -1"),
         ({"model": {"tie_embeddings": True, "embedding_width": 3}}, "model.tie_embeddings needs"),
         ({"model": {"norm_options": {"momentum": 0.0}}}, "momentum is 0.0"),
+        ({"model": {"cell": "gruu"}}, "did you mean 'gru'?"),
+        ({"model": {"cell": "gru", "sites": {"cell": {"norm": "ln"}}}}, "model.sites.cell is set, but gru has no c"),
+        ({"model": {"cell": "rnn_tanh", "forget_bias": 0.0}}, "model.forget_bias is set, but rnn_tanh has no forget"),
         ({"model": {"name": "hf"}}, "model.architecture is empty"),
         ({"model": {"name": "hf", "architecture": "gpt2", "norm": "lnn"}}, "did you mean 'ln'?"),
         ({"model": {"name": "hf", "architecture": "gpt2", "overrides": 3}}, "model.overrides must be a mapping"),
@@ -96,9 +105,11 @@ def test_norms_are_the_files():
 
 def test_public_face_is_frozen():
     assert normlab.__all__ == [
+        "GRU",
         "InputError",
         "LSTM",
         "Norm",
+        "RNN",
         "RunConfig",
         "RunRecord",
         "TextDataModule",
@@ -109,7 +120,7 @@ def test_public_face_is_frozen():
         "train",
     ]
     assert all(getattr(normlab, name) is not None for name in normlab.__all__)
-    with pytest.raises(AttributeError, match="it has InputError"):
+    with pytest.raises(AttributeError, match="it has GRU"):
         normlab.trian  # noqa: B018
 
 
@@ -118,6 +129,10 @@ def test_a_norm_that_stands_nowhere_is_refused():
     with pytest.raises(InputError, match=r"model\.norm is bn but no site has it"):
         config_from_dict({"model": {"norm": "bn", "sites": nowhere}})
     assert config_from_dict({"model": {"norm": "none", "sites": nowhere}}).model.norm == "none"
+    del nowhere["cell"]
+    assert config_from_dict({"model": {"norm": "bn", "sites": nowhere}}).model.norm == "bn"
+    with pytest.raises(InputError, match=r"model\.norm is bn but no site has it"):
+        config_from_dict({"model": {"norm": "bn", "cell": "gru", "sites": nowhere}})
 
 
 def test_an_architectures_file_is_in_the_config_and_its_id(tmp_path: Path):

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normlab.config import InputError as InputError
     from normlab.config import RunConfig as RunConfig
+    from normlab.models.gru import GRU as GRU
     from normlab.models.lstm import LSTM as LSTM
+    from normlab.models.rnn import RNN as RNN
     from normlab.models.swap import swap_norms as swap_norms
     from normlab.norms import build_norm as build_norm
     from normlab.norms.base import Norm as Norm
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
     from normlab.training.run import train as train
 
 _HOMES = {
+    "GRU": "normlab.models.gru",
     "InputError": "normlab.config",
     "LSTM": "normlab.models.lstm",
     "Norm": "normlab.norms.base",
+    "RNN": "normlab.models.rnn",
     "RunConfig": "normlab.config",
     "RunRecord": "normlab.records.record",
     "TextDataModule": "normlab.training.datamodule",

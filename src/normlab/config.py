@@ -42,6 +42,7 @@ __all__ = [
     "model_label",
     "require_choice",
     "run_id",
+    "without_cell",
 ]
 
 
@@ -107,7 +108,7 @@ def _bare() -> SiteConfig:
 
 @dataclass(frozen=True)
 class LSTMSites:
-    """Sites of the LSTM (Cooijmans et al. 2016, arXiv 1603.09025, equations 6 to 8).
+    """Sites of the LSTM (Cooijmans et al. 2016, arXiv 1603.09025, equations 6 to 8); a GRU or RNN has the first two.
 
     Args:
         input_to_hidden: on W_x x_t, gain only (the bias is the cell's own).
@@ -118,6 +119,15 @@ class LSTMSites:
     input_to_hidden: SiteConfig = field(default_factory=SiteConfig)
     hidden_to_hidden: SiteConfig = field(default_factory=SiteConfig)
     cell: SiteConfig = field(default_factory=SiteConfig)
+
+
+def without_cell(sites: LSTMSites, model: str) -> LSTMSites:
+    """`sites` for a recurrence that has no c: one at the cell would stand nowhere, and is refused."""
+    _require(
+        sites.cell == SiteConfig(),
+        f"model.sites.cell is set, but {model} has no c that a norm could stand on; leave it out",
+    )
+    return dataclasses.replace(sites, cell=_bare())
 
 
 @dataclass(frozen=True)
@@ -216,7 +226,7 @@ class NormOptions:
 
 @dataclass(frozen=True)
 class LSTMConfig:
-    """A stack of LSTM layers with a norm at three named sites, between an embedding and a head.
+    """A stack of LSTM, GRU or RNN layers with a norm at named sites, between an embedding and a head.
 
     Args:
         norm: the norm under test; a file name in normlab/norms.
@@ -234,7 +244,9 @@ class LSTMConfig:
         state_noise: standard deviation of noise on h_0 and c_0 in training; makes the rows of a batch
             differ at the first time step.
         recurrent_init: initial hidden-to-hidden matrices, one block per gate.
-        forget_bias: initial bias of the forget gate.
+        forget_bias: initial bias of the forget gate (lstm alone).
+        cell: the recurrence: lstm, gru, rnn_tanh or rnn_relu. Those beside lstm have no c, hence no site and no learned
+            state of it.
         recompute: keep less for backward and compute it again, for long sequences: less memory, more time.
     """
 
@@ -253,11 +265,20 @@ class LSTMConfig:
     state_noise: float = 0.0
     recurrent_init: Literal["orthogonal", "uniform"] = "orthogonal"
     forget_bias: float = 1.0
+    cell: Literal["lstm", "gru", "rnn_tanh", "rnn_relu"] = _later("lstm")
     recompute: bool = _later(False)
 
     def __post_init__(self) -> None:
         require_choice("norm", self.norm, available_norms())
-        _require_norm_stands(self.norm, self.sites)
+        require_choice("model.cell", self.cell, ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+        sites = self.sites
+        if self.cell != "lstm":
+            sites = without_cell(sites, self.cell)
+            _require(
+                self.forget_bias == LSTMConfig.forget_bias,
+                f"model.forget_bias is set, but {self.cell} has no forget gate; leave it out",
+            )
+        _require_norm_stands(self.norm, sites)
         _require(self.width >= 1, f"model.width is {self.width}; it must be at least 1")
         _require(self.layers >= 1, f"model.layers is {self.layers}; it must be at least 1")
         _require(self.embedding_width >= 0, "model.embedding_width must be >= 0 (0 takes model.width)")
@@ -404,7 +425,9 @@ MODELS: dict[str, type[LSTMConfig] | type[TransformerConfig] | type[HuggingFaceC
 
 
 def model_label(model: ModelConfig) -> str:
-    """What a model is called in ids and tags: its name, and of an architecture of transformers that too."""
+    """What a model is called in ids and tags: that of its cell, or its own, with that of an architecture."""
+    if isinstance(model, LSTMConfig):
+        return model.cell
     if isinstance(model, HuggingFaceConfig):
         return f"{model.name}_{re.sub(r'[^a-z0-9]+', '_', model.architecture.lower())}"
     return model.name

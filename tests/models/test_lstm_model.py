@@ -54,6 +54,7 @@ CHANGES: dict[str, Any] = {
     "state_noise": 0.3,
     "recurrent_init": "uniform",
     "forget_bias": 0.0,
+    "cell": "gru",
 }
 
 
@@ -213,6 +214,41 @@ def test_language_model_carries_its_state(norm: str) -> None:
     restarted = model(tokens(4, 14)[:, 5:], None, model.restart(first.state, fresh)).logits
     torch.testing.assert_close(restarted[~fresh], whole[~fresh, 5:])
     torch.testing.assert_close(restarted[fresh], model(tokens(4, 14)[:, 5:]).logits[fresh])
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu"])
+def test_another_cell_carries_its_state_and_learns_the_first(cell: str) -> None:
+    # Not a batch norm, for which an h_0 that all rows share is no input: its mean over rows is taken away.
+    learning = build(dataclasses.replace(SMALL, cell=cell, norm="ln"))
+    assert learning.initial_c is None
+    learning(tokens()).logits.square().sum().backward()
+    assert learning.initial_h is not None
+    assert learning.initial_h.grad is not None
+    assert learning.initial_h.grad.abs().min() > 1e-6
+    model = build(dataclasses.replace(SMALL, cell=cell, norm="bn_step", layers=2)).double()
+    torch.nn.init.normal_(model.initial_h)
+    model(tokens(4, 14))
+    model.eval()
+    whole = model(tokens(4, 14)).logits
+    first = model(tokens(4, 14)[:, :5])
+    second = model(tokens(4, 14)[:, 5:], None, first.state)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole)
+    fresh = torch.tensor([False, True, False, True])
+    restarted = model(tokens(4, 14)[:, 5:], None, model.restart(first.state, fresh)).logits
+    torch.testing.assert_close(restarted[~fresh], whole[~fresh, 5:])
+    torch.testing.assert_close(restarted[fresh], model(tokens(4, 14)[:, 5:]).logits[fresh])
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu"])
+def test_initial_values_of_other_cells(cell: str) -> None:
+    model = build(dataclasses.replace(SMALL, cell=cell))
+    blocks = model.lstm.get_parameter("weight_hh_l0").split(16)
+    assert len(blocks) == (3 if cell == "gru" else 1)
+    for block in blocks:
+        torch.testing.assert_close(block @ block.T, torch.eye(16), atol=1e-5, rtol=0)
+    assert not model.lstm.get_parameter("bias_ih_l0").any()
+    # Two models that differ in the nonlinearity alone.
+    assert cell == "gru" or model.lstm.nonlinearity == cell.removeprefix("rnn_")
 
 
 def test_initial_values() -> None:

@@ -143,6 +143,8 @@ def test_a_record_from_before_re_estimation_says_so(tiny_run: Build, capsys: pyt
     [
         ({"model__norm": "none"}, "fused", "every site is bare"),
         ({"model__norm": "ln"}, "fast", ""),
+        ({"model__norm": "none", "model__cell": "gru"}, "fused", "every site is bare"),
+        ({"model__norm": "ln", "model__cell": "rnn_tanh"}, "fast", ""),
         ({"model__norm": "lrn"}, "reference", "lrn at hidden_to_hidden has no fast form"),
         ({"model__norm": "ln", "training__precision": "bf16"}, "reference", "autocast is on"),
         ({"model": "transformer"}, None, ""),

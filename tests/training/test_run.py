@@ -63,6 +63,12 @@ def test_same_seed_same_numbers_other_seed_others(tiny_run: Build, tmp_path: Pat
 RESUMED = {
     "lstm, stateful, bn_step": {"model__norm": "bn_step", "data__stream": "stateful", "data__batch_size": 4},
     "lstm, stateful, inorm": {"model__norm": "inorm", "data__stream": "stateful", "data__batch_size": 4},
+    "gru, stateful, inorm": {
+        "model__cell": "gru",
+        "model__norm": "inorm",
+        "data__stream": "stateful",
+        "data__batch_size": 4,
+    },
     "lstm, dropout": {"model__dropout": 0.2, "model__layers": 2},
     "lstm, accumulation": {"training__accumulate": 2},
     "transformer, bn, warm-up": {

@@ -1,22 +1,33 @@
-"""Embedding, normalized LSTM, head: a language model or a classifier of whole texts.
+"""Embedding, normalized LSTM (or GRU or RNN), head: a language model or a classifier of whole texts.
 
-Shape suffixes: B batch, T time, E embedding, P output features of the LSTM, V vocabulary, C classes.
+Shape suffixes: B batch, T time, E embedding, P output features of the recurrence, V vocabulary, C classes.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from normlab.config import InputError, LSTMConfig
-from normlab.models.lstm import LSTM, LSTMState
+from normlab.models.gru import GRU
+from normlab.models.lstm import LSTM
 from normlab.models.output import ModelOutput
+from normlab.models.recurrent import Recurrent, RecurrentState
+from normlab.models.rnn import RNN
+
+CELLS: dict[str, Any] = {
+    "lstm": LSTM,
+    "gru": GRU,
+    "rnn_tanh": partial(RNN, nonlinearity="tanh"),
+    "rnn_relu": partial(RNN, nonlinearity="relu"),
+}
 
 
 class LSTMModel(nn.Module):
-    """An LSTM over tokens.
+    """An LSTM, or another recurrence, over tokens.
 
     Args:
         config: the architecture.
@@ -33,7 +44,7 @@ class LSTMModel(nn.Module):
         super().__init__()
         if classes is None and config.bidirectional:
             raise InputError(
-                "a bidirectional LSTM sees the tokens it should predict; "
+                "a bidirectional model sees the tokens it should predict; "
                 "set model.bidirectional=false for language modelling"
             )
         if classes is not None and config.tie_embeddings:
@@ -41,7 +52,8 @@ class LSTMModel(nn.Module):
         self.config, self.classes = config, classes
         embedding_width = config.embedding_width or config.width
         self.embedding = nn.Embedding(vocab_size, embedding_width)
-        self.lstm = LSTM(
+        # Named so whatever it is: recorded models have this name in them.
+        self.lstm: Recurrent = CELLS[config.cell](
             embedding_width,
             config.width,
             config.layers,
@@ -60,7 +72,8 @@ class LSTMModel(nn.Module):
         self.head = nn.Linear(directions * config.width, vocab_size if classes is None else classes)
         count = directions * config.layers
         self.initial_h = nn.Parameter(torch.zeros(count, config.width)) if config.learned_state else None
-        self.initial_c = nn.Parameter(torch.zeros(count, config.width)) if config.learned_state else None
+        learns_c = config.learned_state and "c" in self.lstm.State.fields
+        self.initial_c = nn.Parameter(torch.zeros(count, config.width)) if learns_c else None
         self._initialize()
 
     @torch.no_grad()
@@ -68,11 +81,11 @@ class LSTMModel(nn.Module):
         width = self.config.width
         for name, parameter in self.lstm.named_parameters(recurse=False):
             if name.startswith("weight_hh") and self.config.recurrent_init == "orthogonal":
-                for block in parameter.chunk(4):
+                for block in parameter.split(width):
                     nn.init.orthogonal_(block)
             elif name.startswith("bias"):
                 parameter.zero_()
-                if name.startswith("bias_ih"):
+                if name.startswith("bias_ih") and self.config.cell == "lstm":
                     parameter[width : 2 * width] = self.config.forget_bias
         self.head.bias.zero_()
         # As a head, a tied embedding must not start with large logits.
@@ -81,7 +94,9 @@ class LSTMModel(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BT: Tensor, mask_BT: Tensor | None = None, state: LSTMState | None = None) -> ModelOutput:
+    def forward(
+        self, tokens_BT: Tensor, mask_BT: Tensor | None = None, state: RecurrentState | None = None
+    ) -> ModelOutput:
         """Logits B x T x V and the state after the last token, or B x C and None.
 
         Args:
@@ -100,18 +115,18 @@ class LSTMModel(nn.Module):
         mean_BP = out_BTP.mean(1) if lengths is None else out_BTP.sum(1) / lengths.clamp(min=1).unsqueeze(-1)
         return ModelOutput(self.head(self.dropout(mean_BP)), None)
 
-    def initial_state(self, rows: int) -> LSTMState:
+    def initial_state(self, rows: int) -> RecurrentState:
         """The state of `rows` texts not begun: learned or zero, with noise in training if the config has it."""
         weight = cast(Tensor, self.lstm.weight_hh_l0)
         values: list[Tensor] = []
-        for learned in (self.initial_h, self.initial_c):
+        for learned in (self.initial_h, self.initial_c)[: len(self.lstm.State.fields)]:
             shape = (self.lstm.num_layers * (2 if self.lstm.bidirectional else 1), rows, self.config.width)
             value = weight.new_zeros(shape) if learned is None else learned.unsqueeze(1).expand(shape)
             if self.training and self.config.state_noise:
                 value = value + self.config.state_noise * torch.randn_like(value)
             values.append(value)
-        return LSTMState(values[0], values[1], torch.zeros(rows, dtype=torch.long, device=weight.device))
+        return self.lstm.State.of(values, torch.zeros(rows, dtype=torch.long, device=weight.device))
 
-    def restart(self, state: LSTMState, fresh_B: Tensor) -> LSTMState:
+    def restart(self, state: RecurrentState, fresh_B: Tensor) -> RecurrentState:
         """`state` with the rows where `fresh_B` is True put back to the initial state, at time step 0."""
         return state.restart(fresh_B, self.initial_state(len(fresh_B)))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normlab.models.lstm import LSTM
+from normlab.models.recurrent import Recurrent
 from normlab.norms.base import Norm
 
 __all__ = ["SiteActivations"]
@@ -36,14 +36,14 @@ class SiteActivations:
     def __init__(self, model: nn.Module) -> None:
         self._norms = {name: module for name, module in model.named_modules() if isinstance(module, Norm)}
         self._sites = {name: _Distribution() for name in self._norms}
-        self._backends = [(module, module.backend) for module in model.modules() if isinstance(module, LSTM)]
+        self._backends = [(module, module.backend) for module in model.modules() if isinstance(module, Recurrent)]
 
     def __enter__(self) -> SiteActivations:
         # `normalize` and not a forward hook: recurrences call it directly.
         for name, norm in self._norms.items():
             object.__setattr__(norm, "normalize", _watched(norm.normalize, self._sites[name]))
-        for lstm, _ in self._backends:
-            lstm.backend = "reference"
+        for module, _ in self._backends:
+            module.backend = "reference"
         return self
 
     def __exit__(
@@ -51,8 +51,8 @@ class SiteActivations:
     ) -> None:
         for norm in self._norms.values():
             object.__delattr__(norm, "normalize")
-        for lstm, backend in self._backends:
-            lstm.backend = backend
+        for module, backend in self._backends:
+            module.backend = backend
 
     def summary(self) -> dict[str, float]:
         """Per site that was called, `activations/<path of the norm>/<statistic>`.

@@ -10,7 +10,7 @@ import shlex
 from rich.console import Console
 from rich.table import Table
 
-from normlab.config import HuggingFaceConfig, RunConfig, run_id
+from normlab.config import HuggingFaceConfig, RunConfig, model_label, run_id
 from normlab.records.environment import program
 from normlab.records.record import RunRecord
 
@@ -106,7 +106,7 @@ def _model(config: RunConfig, results: dict[str, float | int | str]) -> str:
         sizes = ", ".join(f"{key} {value}" for key, value in model.overrides.items() if isinstance(value, int))
         shape = f"{model.architecture} of transformers" + (f" ({sizes})" if sizes else "")
     else:
-        shape = f"{model.name}, {model.layers} x {model.width}"
+        shape = f"{model_label(model)}, {model.layers} x {model.width}"
     parameters = results.get("parameters")
     return shape if parameters is None else f"{shape}, {int(parameters):,} parameters"
 

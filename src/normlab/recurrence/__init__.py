@@ -1,1 +1,1 @@
-"""The LSTM recurrence; `reference` is the plain loop that faster backends are checked against."""
+"""The recurrences of LSTM, GRU and RNN; `reference` is the plain loop that faster backends are checked against."""

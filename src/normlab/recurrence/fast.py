@@ -45,8 +45,10 @@ from normlab.recurrence import kernels, reference
 from normlab.recurrence.products import Product, product
 from normlab.recurrence.reference import SEGMENT, SiteCarry, SiteNorms, Weights
 
-__all__ = ["engine", "lstm_layer", "never_for", "not_now_for"]
+__all__ = ["RECOMPUTES", "engine", "lstm_layer", "never_for", "not_now_for"]
 
+RECOMPUTES = True
+"""Whether the layer here can take for backward what forward did not keep."""
 NONE, ROWS, BATCH, STORED = range(4)  # as in kernels.c
 SMALLEST_PARALLEL = 4096
 """B x H below which a step is not worth waking a second thread for."""
@@ -470,7 +472,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            'the fast LSTM has no second derivative; build it with backend="reference", which differentiates twice'
+            'the fast layer has no second derivative; build it with backend="reference", which differentiates twice'
         )
 
 

@@ -493,3 +493,162 @@ void backward(const sequence *q, int64_t t, const real *d_next) {
             for (; first < last; first++) backward_row(q, t, &p, d_next, part, first);
     }
 }
+
+/* The cells without c. Their `projected` is already normalized and has its bias, once for all time steps; `bias` is
+that of the product with h (GRU alone), `cell` holds n's part of that product with it. */
+
+enum { TANH, RELU, GRU };
+
+static inline int64_t gates_of(int cell) { return cell == GRU ? 3 : 1; }
+
+static inline int kept_row(const sequence *q, int64_t t, int64_t r) { return !q->mask || q->mask[t * q->rows + r]; }
+
+static inline const real *h_before(const sequence *q, int64_t t) {
+    return t ? q->output + (t - 1) * q->rows * q->hidden : q->first_h;
+}
+
+/* Where the normalized product of step t goes. */
+static inline real *product_place(const sequence *q, int cell, int64_t t) {
+    int64_t state = q->rows * q->hidden;
+    return cell == GRU ? q->gates + (q->kept ? t : 0) * 3 * state : q->output + t * state;
+}
+
+/* What the normalized product is added to, for hidden units [first, first + n) of row r; padding is done with here. */
+static inline void begin_units(const sequence *q, int cell, int64_t t, int64_t r, int64_t first, int64_t n) {
+    int64_t H = q->hidden, here = (t * q->rows + r) * H + first;
+    if (!kept_row(q, t, r))
+        memcpy(q->output + here, h_before(q, t) + r * H + first, n * sizeof(real));
+    else if (cell == GRU)
+        for (int64_t gate = 0; gate < 3; gate++)
+            begin_gates(q, product_place(q, GRU, t) + (r * 3 + gate) * H + first, gate * H + first, n);
+    else
+        memcpy(q->output + here, q->projected + here, n * sizeof(real));
+}
+
+static inline void end_units(const sequence *q, int cell, int64_t t, int64_t r, int64_t first, int64_t n) {
+    int64_t H = q->hidden, rows = q->rows;
+    real *output = q->output + (t * rows + r) * H + first;
+    if (!kept_row(q, t, r)) return;
+    if (cell == TANH) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) output[j] = tangent(output[j]);
+        return;
+    }
+    if (cell == RELU) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) output[j] = output[j] < 0 ? 0 : output[j]; /* NaN stays */
+        return;
+    }
+    const real *in = q->projected + (t * rows + r) * 3 * H + first, *before = h_before(q, t) + r * H + first;
+    real *reset = product_place(q, GRU, t) + r * 3 * H + first, *update = reset + H, *candidate = reset + 2 * H;
+    real *inner = q->cell + ((q->kept ? t : 0) * rows + r) * H + first;
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        inner[j] = candidate[j];
+        reset[j] = sigmoid(in[j] + reset[j]);
+        update[j] = sigmoid(in[H + j] + update[j]);
+        candidate[j] = tangent(in[2 * H + j] + reset[j] * inner[j]);
+        output[j] = candidate[j] + update[j] * (before[j] - candidate[j]);
+    }
+}
+
+/* Gradients of the projected input and, of a GRU, of the normalized product; d_h: what passes by the product. */
+static inline void units_backward(const sequence *q, int cell, int64_t t, const real *d_next, int64_t part, int64_t r,
+                                  int64_t first, int64_t n) {
+    int64_t H = q->hidden, rows = q->rows, gates = gates_of(cell), here = (t * rows + r) * H + first;
+    const real *d_output = q->d_output + here;
+    real *d_h = q->d_h ? q->d_h + r * H + first : 0;
+    real *d_in = q->d_projected + (t * rows + r) * gates * H + first;
+    real *d_product = q->d_product + (t * rows + r) * gates * H + first;
+    d_next = at(d_next, r * H + first);
+    if (!kept_row(q, t, r)) {
+        add(d_h, d_output, n);
+        if (d_next) add(d_h, d_next, n);
+        for (int64_t gate = 0; gate < gates; gate++) {
+            memset(d_in + gate * H, 0, n * sizeof(real));
+            memset(d_product + gate * H, 0, n * sizeof(real));
+        }
+        return;
+    }
+    if (cell != GRU) {
+        const real *output = q->output + here;
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) {
+            real d = d_output[j] + (d_next ? d_next[j] : 0) + (d_h ? d_h[j] : 0);
+            d_in[j] = cell == TANH ? d * (1 - output[j] * output[j]) : output[j] <= 0 ? 0 : d;
+        }
+        if (d_h) memset(d_h, 0, n * sizeof(real));
+        return;
+    }
+    const real *reset = q->gates + (t * rows + r) * 3 * H + first, *update = reset + H, *candidate = reset + 2 * H;
+    const real *inner = q->cell + here, *before = h_before(q, t) + r * H + first;
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        real d = d_output[j] + (d_next ? d_next[j] : 0) + d_h[j];
+        real d_candidate = d * (1 - update[j]) * (1 - candidate[j] * candidate[j]);
+        real d_reset = d_candidate * inner[j] * reset[j] * (1 - reset[j]);
+        real d_update = d * (before[j] - candidate[j]) * update[j] * (1 - update[j]);
+        d_in[j] = d_product[j] = d_reset;
+        d_in[H + j] = d_product[H + j] = d_update;
+        d_in[2 * H + j] = d_candidate;
+        d_product[2 * H + j] = d_candidate * reset[j];
+        d_h[j] = d * update[j];
+    }
+    for (int64_t gate = 0; gate < 3 && q->d_bias; gate++)
+        add(q->d_bias + (part * 3 + gate) * H + first, d_product + gate * H, n);
+}
+
+static inline void forward_cell(const sequence *q, int cell, int64_t t, const real *product) {
+    int64_t rows = q->rows, H = q->hidden, gates = gates_of(cell), G = gates * H;
+    real *normalized = q->hidden_site.normalized + (q->kept ? t : 0) * rows * G, *place = product_place(q, cell, t);
+#pragma omp parallel for num_threads(q->threads) schedule(static) if (q->threads > 1)
+    for (int64_t part = 0; part < q->threads; part++) {
+        int64_t all = q->by_columns ? H : rows;
+        int64_t first = all * part / q->threads, last = all * (part + 1) / q->threads;
+        for (; first < last && !q->by_columns; first++) {
+            begin_units(q, cell, t, first, 0, H);
+            if (kept_row(q, t, first))
+                normalize_row(&q->hidden_site, t, first, rows, product + first * G, normalized + first * G,
+                              place + first * G);
+            end_units(q, cell, t, first, 0, H);
+        }
+        for (; first < last; first += BLOCK) {
+            int64_t n = last - first < BLOCK ? last - first : BLOCK;
+            for (int64_t r = 0; r < rows; r++) begin_units(q, cell, t, r, first, n);
+            for (int64_t gate = 0; gate < gates; gate++)
+                normalize_columns(&q->hidden_site, t, q, gate * H + first, n, product, normalized, place);
+            for (int64_t r = 0; r < rows; r++) end_units(q, cell, t, r, first, n);
+        }
+    }
+}
+
+static inline void backward_cell(const sequence *q, int cell, int64_t t, const real *d_next) {
+    int64_t rows = q->rows, H = q->hidden, gates = gates_of(cell), G = gates * H;
+    const real *normalized = q->hidden_site.normalized + t * rows * G;
+    real *d_product = q->d_product + t * rows * G, *d_y = cell == GRU ? d_product : q->d_projected + t * rows * G;
+#pragma omp parallel for num_threads(q->threads) schedule(static) if (q->threads > 1)
+    for (int64_t part = 0; part < q->threads; part++) {
+        int64_t all = q->by_columns ? H : rows;
+        int64_t first = all * part / q->threads, last = all * (part + 1) / q->threads;
+        for (; first < last && !q->by_columns; first++) {
+            units_backward(q, cell, t, d_next, part, first, 0, H);
+            if (kept_row(q, t, first))
+                normalize_row_backward(&q->hidden_site, t, first, rows, part, normalized + first * G, d_y + first * G,
+                                       d_product + first * G);
+        }
+        for (; first < last; first += BLOCK) {
+            int64_t n = last - first < BLOCK ? last - first : BLOCK;
+            for (int64_t r = 0; r < rows; r++) units_backward(q, cell, t, d_next, part, r, first, n);
+            for (int64_t gate = 0; gate < gates; gate++)
+                normalize_columns_backward(&q->hidden_site, t, q, part, gate * H + first, n, normalized, d_y, d_product);
+        }
+    }
+}
+
+#define CELL(name, cell)                                                                                  \
+    void name##_forward(const sequence *q, int64_t t, const real *product) { forward_cell(q, cell, t, product); } \
+    void name##_backward(const sequence *q, int64_t t, const real *d_next) { backward_cell(q, cell, t, d_next); }
+
+CELL(tanh, TANH)
+CELL(relu, RELU)
+CELL(gru, GRU)

@@ -141,9 +141,9 @@ def _opened(program: str, dtype: torch.dtype, *, build: bool) -> ctypes.CDLL | N
         except (OSError, subprocess.SubprocessError) as error:
             failure = getattr(error, "stderr", None) or str(error)
             continue
-        for name, last in (("forward", _POINTER), ("backward", _POINTER)):
-            function = getattr(library, name)
-            function.argtypes, function.restype = (ctypes.POINTER(Sequence), _INT, last), None
+        for cell in ("", "gru_", "tanh_", "relu_"):
+            for function in (getattr(library, f"{cell}forward"), getattr(library, f"{cell}backward")):
+                function.argtypes, function.restype = (ctypes.POINTER(Sequence), _INT, _POINTER), None
         return library
     if build:
         log.warning("%s could not build the LSTM kernels, which run without: %s", program, failure.strip()[-300:])

@@ -1,4 +1,4 @@
-"""What does the work of an LSTM's time steps, decided once for a whole run: C kernels or torch operators."""
+"""What does the work of a recurrence's time steps, decided once for a whole run: C kernels or torch operators."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytorch_lightning as pl
 import torch
 
-from normlab.models.lstm import LSTM
+from normlab.models.recurrent import Recurrent
 from normlab.recurrence import kernels
 from normlab.training.facts import recurrence_facts
 from normlab.training.module import TextModule
@@ -27,7 +27,7 @@ def one_engine(module: TextModule, trainer: pl.Trainer, begun_with: bool | None)
     Args:
         begun_with: what this yielded when the run began; None for a run that begins.
     """
-    recurrent = [part for part in module.modules() if isinstance(part, LSTM)]
+    recurrent = [part for part in module.modules() if isinstance(part, Recurrent)]
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if not recurrent or not on_cpu or recurrence_facts(module, trainer)["backend"] != "fast":
         yield None

@@ -12,7 +12,7 @@ import torch
 
 from normlab.config import RunConfig
 from normlab.data.prepared import PreparedText
-from normlab.models.lstm import LSTM
+from normlab.models.recurrent import Recurrent
 from normlab.norms.base import Norm
 from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.tasks.metrics import evaluation_note
@@ -54,9 +54,9 @@ def site_facts(module: TextModule) -> dict[str, str]:
 
 
 def recurrence_facts(module: TextModule, trainer: pl.Trainer) -> dict[str, str]:
-    """The backend of the model's LSTM on this device and in this precision, and why; empty if it has none."""
+    """The backend of the model's recurrence on this device and in this precision, and why; empty if it has none."""
     for part in module.modules():
-        if isinstance(part, LSTM):
+        if isinstance(part, Recurrent):
             with trainer.precision_plugin.forward_context():
                 backend, reason = part.backend_choice(trainer.strategy.root_device.type)
             return {"backend": backend, "reason": reason}

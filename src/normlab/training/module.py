@@ -17,9 +17,9 @@ from normlab.config import HuggingFaceConfig, LSTMConfig, RunConfig
 from normlab.data.batches import Batch
 from normlab.data.prepared import PreparedText
 from normlab.models.huggingface import HuggingFaceModel
-from normlab.models.lstm import LSTMState
 from normlab.models.lstm_model import LSTMModel
 from normlab.models.output import ModelOutput
+from normlab.models.recurrent import RecurrentState
 from normlab.models.transformer import TransformerModel
 from normlab.norms.base import GatheredPenalties
 from normlab.tasks.losses import LOSSES, Losses
@@ -65,7 +65,7 @@ class TextModule(pl.LightningModule):
         self.model = build_model(config, text)
         self.loss = LOSSES[text.task]
         self.carries_state = text.task == "language_modelling" and config.data.stream == "stateful"
-        self.carried: LSTMState | None = None
+        self.carried: RecurrentState | None = None
         self.evaluated_split = "valid"
         self.statistics: Literal["", "running"] = ""
         self.last_loss_nats = torch.tensor(0.0)
@@ -185,7 +185,8 @@ class TextModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         if "normlab_carried_state" in checkpoint:
-            self.carried = LSTMState.from_dict(checkpoint["normlab_carried_state"]).to(self.device)
+            state_class = cast(LSTMModel, self.model).lstm.State
+            self.carried = state_class.from_dict(checkpoint["normlab_carried_state"]).to(self.device)
         self._random_states = {key: value for key, value in checkpoint.items() if key.endswith("random_state")}
 
     def on_train_start(self) -> None:

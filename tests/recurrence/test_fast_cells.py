@@ -1,0 +1,207 @@
+"""Fast GRU and RNN against the reference: outputs, state, all gradients, stored statistics.
+
+Shape suffixes: B batch, T time, I input features, H hidden, G gates (3H, H).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from normlab.norms import build_norm
+from normlab.recurrence import fast, fast_cells, kernels, reference
+from normlab.recurrence.reference import SiteNorms, Weights
+
+NORMS = ("none", "ln", "rms", "gn", "bn", "bn_step")
+MAX_STEPS = 6
+# Without a compiler there is nothing but the reference.
+pytestmark = pytest.mark.skipif(kernels.compiler() is None, reason="no C compiler on this machine")
+GATES = {"gru": 3, "tanh": 1, "relu": 1}
+
+
+def layer(where: Any, cell: str) -> Any:
+    return where.gru_layer if cell == "gru" else partial(where.rnn_layer, activation=cell)
+
+
+def build(case: dict[str, Any]) -> tuple[Weights, SiteNorms, Tensor, Tensor | None, Tensor]:
+    """Weights, norms, x, mask, h."""
+    torch.manual_seed(case.get("seed", 0))
+    hidden, inputs, rows, length = case["hidden"], case["inputs"], case["rows"], case["length"]
+    width = GATES[case["cell"]] * hidden
+    norms = []
+    for name, site_bias in zip(case["names"], (True, False), strict=True):
+        options: dict[str, Any] = {} if name == "none" else {"affine": case["affine"], "bias": site_bias}
+        options |= {"gn": {"groups": 2}, "bn_step": {"max_steps": MAX_STEPS}}.get(name, {})
+        norm = build_norm(name, width, **options).double()
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+        norms.append(norm)
+
+    def drawn(*size: int) -> Tensor:
+        return (torch.randn(size, dtype=torch.float64) * 0.5).requires_grad_()
+
+    bias, hidden_bias = (drawn(width), drawn(width)) if case["bias"] else (None, None)
+    weights = Weights(
+        drawn(width, inputs), drawn(width, hidden), bias, None, hidden_bias if case["cell"] == "gru" else None
+    )
+    # Not only at the end; columns with one row or none come up.
+    mask = torch.rand(rows, length) < 0.5 if case["masked"] else None
+    return weights, SiteNorms(*norms), drawn(length, rows, inputs), mask, drawn(rows, hidden)
+
+
+def results(run: Any, weights: Weights, norms: SiteNorms, x: Tensor, mask: Any, h: Tensor, step: int) -> list[Tensor]:
+    """Everything a layer gives: outputs, state, gradients, stored values."""
+    out, last_h, _ = run(x, mask, h, weights, norms, step)
+    leaves = [x, h, *weights, *(parameter for norm in norms for parameter in norm.parameters())]
+    ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).cos()
+    loss = (out * ramp).sum() + last_h.square().sum()
+    found = torch.autograd.grad(loss, [leaf for leaf in leaves if leaf is not None])
+    return [out, last_h, *found, *(buffer for norm in norms for buffer in norm.buffers())]
+
+
+def both(cell: str, weights: Weights, norms: SiteNorms, x: Tensor, mask: Any, h: Tensor, step: int) -> Iterator[Any]:
+    assert not fast_cells.never_for(norms, weights)
+    assert not fast_cells.not_now_for(x, h, weights, norms, step)
+    twins = copy.deepcopy(norms)
+    return zip(
+        results(layer(fast_cells, cell), weights, norms, x, mask, h, step),
+        results(layer(reference, cell), weights, twins, x, mask, h, step),
+        strict=True,
+    )
+
+
+def assert_close(one: Tensor, other: Tensor, tolerance: float = 1e-9) -> None:
+    """Relative to the largest entry: a variance over 2 rows may be nearly 0, and gradients 10,000 or more."""
+    scale = other.abs().max().clamp(min=1) if one.is_floating_point() else 1
+    torch.testing.assert_close(one / scale, other / scale, rtol=tolerance, atol=tolerance)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "cell": draw(st.sampled_from(sorted(GATES))),
+        "names": tuple(draw(st.sampled_from(NORMS)) for _ in range(2)),
+        "rows": draw(st.integers(2, 6)),
+        "length": draw(st.integers(1, 9)),
+        "inputs": draw(st.integers(1, 5)),
+        # Beyond one block of columns too.
+        "hidden": draw(st.sampled_from((4, 6, 18, 66, 130))),
+        "masked": draw(st.booleans()),
+        "training": draw(st.sampled_from((True, True, False))),
+        "bias": draw(st.booleans()),
+        "affine": draw(st.booleans()),
+        "step": draw(st.integers(0, MAX_STEPS + 1)),
+        "seed": draw(st.integers(0, 99)),
+    }
+
+
+SMALL = {"rows": 5, "length": 7, "inputs": 3, "hidden": 18, "masked": True, "bias": True, "affine": True}
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=cases())
+def test_float64_equals_the_reference(case: dict[str, Any]) -> None:
+    weights, norms, x, mask, h = build(case)
+    # Stored values that are not those of a new norm.
+    layer(reference, case["cell"])(torch.randn_like(x), None, h.detach(), weights, norms, 1)
+    for norm in norms:
+        norm.train(case["training"])
+    for one, other in both(case["cell"], weights, norms, x, mask, h, case["step"]):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("cell", sorted(GATES))
+@pytest.mark.parametrize("names", [("ln", "ln"), ("bn_step", "bn_step")])
+def test_several_threads_equal_one(monkeypatch: pytest.MonkeyPatch, cell: str, names: Any) -> None:
+    weights, norms, x, mask, h = build({**SMALL, "cell": cell, "names": names, "hidden": 130})
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(fast, "_threads", lambda tape, threads=threads: threads)
+        found.append(results(layer(fast_cells, cell), weights, copy.deepcopy(norms), x, mask, h, 0))
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize("cell", sorted(GATES))
+def test_without_gradient_the_same_numbers_and_stored_values(cell: str) -> None:
+    for names in (("none", "none"), ("ln", "ln"), ("bn_step", "bn_step")):
+        weights, norms, x, mask, h = build({**SMALL, "cell": cell, "names": names})
+        for mask_BT in (None, mask):
+            twins = copy.deepcopy(norms)
+            with_gradient = layer(fast_cells, cell)(x, mask_BT, h, weights, norms, 2)
+            with torch.no_grad():
+                without = layer(fast_cells, cell)(x, mask_BT, h, weights, twins, 2)
+            for one, other in zip(with_gradient[:2], without[:2], strict=True):
+                assert one.equal(other)
+            for one, other in zip(norms, twins, strict=True):
+                assert all(a.equal(b) for a, b in zip(one.buffers(), other.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("cell", sorted(GATES))
+@pytest.mark.parametrize("names", [("none", "none"), ("ln", "ln"), ("bn", "bn"), ("rms", "gn")])
+def test_float32_is_close_to_the_reference_in_float64(cell: str, names: Any) -> None:
+    # Not wider: with such weights a bare RNN is then chaotic, and rounding grows.
+    size = {"rows": 16, "length": 12, "inputs": 24, "hidden": 24}
+    weights, norms, x, mask, h = build({**SMALL, **size, "cell": cell, "names": names})
+
+    def single(value: Any) -> Any:
+        return None if value is None else value.detach().float().requires_grad_()
+
+    norms_32 = copy.deepcopy(norms)
+    for norm in norms_32:
+        norm.float()
+    weights_32 = Weights(*(single(weight) for weight in weights))
+    found = results(layer(fast_cells, cell), weights_32, norms_32, single(x), mask, single(h), 0)
+    exact = results(layer(reference, cell), weights, norms, x, mask, h, 0)
+    for one, other in zip(found, exact, strict=True):
+        if one.is_floating_point():
+            # Sums in another order, exp and tanh by other polynomials.
+            assert_close(one.double(), other, 2e-4)
+
+
+@pytest.mark.parametrize("cell", sorted(GATES))
+def test_padding_may_hold_anything_and_nan_elsewhere_shows(cell: str) -> None:
+    for names in (("none", "none"), ("ln", "ln"), ("bn", "bn")):
+        weights, norms, x, mask, h = build({**SMALL, "cell": cell, "names": names})
+        assert mask is not None
+        filled = x.detach().masked_fill(~mask.t().unsqueeze(-1), float("nan")).requires_grad_()
+        plain = results(layer(fast_cells, cell), weights, copy.deepcopy(norms), x, mask, h, 0)
+        padded = results(layer(fast_cells, cell), weights, copy.deepcopy(norms), filled, mask, h, 0)
+        # The weight of the input, in third place, sums over x itself: callers put zeros there.
+        for place, (one, other) in enumerate(zip(plain, padded, strict=True)):
+            if place != 4:
+                assert_close(one, other)
+    weights, norms, x, _, h = build({**SMALL, "cell": cell, "names": ("none", "none")})
+    out = layer(fast_cells, cell)(x + torch.nan, None, h, weights, norms)[0]
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("cell", sorted(GATES))
+def test_backward_twice_with_the_graph_kept_and_never_a_second_derivative(cell: str) -> None:
+    weights, norms, x, _, h = build({**SMALL, "cell": cell, "names": ("ln", "ln")})
+    out = layer(fast_cells, cell)(x, None, h, weights, norms)[0].square().sum()
+    first = torch.autograd.grad(out, [x, weights.hidden], retain_graph=True)
+    second = torch.autograd.grad(out, [x, weights.hidden], retain_graph=True)
+    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    assert grad.equal(first[0])
+    with pytest.raises(RuntimeError, match='no second derivative; build it with backend="reference"'):
+        grad.sum().backward()
+
+
+def test_without_a_compiler_the_reference_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, norms, x, mask, h = build({**SMALL, "cell": "tanh", "names": ("ln", "ln")})
+    fast_out = fast_cells.rnn_layer(x, mask, h, weights, norms)[0]
+    monkeypatch.setattr(kernels, "load", lambda dtype: None)
+    assert fast_cells.not_now_for(x, h, weights, norms, 0) == "no C compiler that works"
+    slow_out = fast_cells.rnn_layer(x, mask, h, weights, norms)[0]
+    assert_close(slow_out, fast_out)
+    assert not slow_out.equal(fast_out)
