@@ -236,6 +236,8 @@ def test_the_state_is_a_tensor_and_what_is_made_of_it_too() -> None:
     cut = state.detach()
     assert isinstance(cut, HiddenState)
     assert not cut.requires_grad
+    single = cut.to(torch.float32)
+    assert (single.dtype, single.step.dtype) == (torch.float32, torch.long)
     for twin in (copy.deepcopy(cut), pickle.loads(pickle.dumps(cut))):
         assert isinstance(twin, HiddenState)
         assert twin[:].equal(state[:])

@@ -115,6 +115,12 @@ class HiddenState(RecurrentState, Tensor):
     def tensors_of(cls, plain: Any) -> tuple[Tensor, ...]:
         return (plain.as_subclass(Tensor),)
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch.Tensor.to; another precision is for h alone."""
+        h = self.tensors[0].to(*args, **kwargs)
+        moved = self._map(lambda x: x.to(h.device))
+        return self.of([h], moved.step, moved.carry)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self._map(lambda x: copy.deepcopy(x, memo))
 
