@@ -200,8 +200,30 @@ def test_backward_twice_with_the_graph_kept_and_never_a_second_derivative(cell: 
 def test_without_a_compiler_the_reference_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, norms, x, mask, h = build({**SMALL, "cell": "tanh", "names": ("ln", "ln")})
     fast_out = fast_cells.rnn_layer(x, mask, h, weights, norms)[0]
-    monkeypatch.setattr(kernels, "load", lambda dtype: None)
+    for name, value in (("_libraries", {}), ("_failed", set()), ("compiler", lambda: None)):
+        monkeypatch.setattr(kernels, name, value)
     assert fast_cells.not_now_for(x, h, weights, norms, 0) == "no C compiler that works"
     slow_out = fast_cells.rnn_layer(x, mask, h, weights, norms)[0]
     assert_close(slow_out, fast_out)
     assert not slow_out.equal(fast_out)
+
+
+def test_recomputing_gives_the_same_numbers_and_keeps_less() -> None:
+    results = []
+    for recompute in (False, True):
+        weights, norms, x, mask, h = build({**SMALL, "cell": "gru", "names": ("bn_step", "bn_step")})
+        kept: set[int] = set()
+
+        def pack(tensor: torch.Tensor, kept: set[int] = kept) -> torch.Tensor:
+            kept.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = fast_cells.gru_layer(x, mask, h, weights, norms, recompute=recompute)[0]
+        found = torch.autograd.grad(out.square().sum(), [x, h, weights.hidden])
+        stored = [buffer for norm in norms for buffer in norm.buffers()]
+        results.append(([out, *found, *stored], len(kept)))
+    (values, count), (again, fewer) = results
+    for one, other in zip(values, again, strict=True):
+        assert_close(other, one)
+    assert fewer < count
