@@ -100,8 +100,9 @@ class LSTM(nn.LSTM):
         causal: outputs must not depend on later inputs, in training either. False lets statistics of the input
             projection pool over time by default (batch norms and `inorm`).
         backend: "auto" takes torch's fused kernel if every site is bare, else "fast"; "fast" (none, ln, rms, gn with
-            pool="token", bn, bn_step, on a CPU, in float32 or float64) equals the plain loop within rounding and
-            leaves to it what it can not do; "reference" is always the plain loop, which alone differentiates twice.
+            pool="token", bn, bn_step, in float32 or float64 on a CPU, on a GPU under autocast to bfloat16 too) equals
+            the plain loop within rounding and leaves to it what it can not do; "reference" is always the plain loop,
+            which alone differentiates twice.
         max_steps: time steps with stored statistics of their own, for norms that keep them, unless
             `norm_options.max_steps` says another; later ones share a set (`norm_options.beyond`).
 
@@ -179,9 +180,9 @@ class LSTM(nn.LSTM):
             return "fused", "every site is bare"
         suffix = self._suffixes()[0]
         norms, weights = self._site_norms(suffix), self._weights(suffix)
-        like = torch.empty(1, 1, 1, dtype=weights.hidden.dtype, device="cpu" if device == "cpu" else "meta")
-        obstacle = fast.not_now_for(like, like, like, weights, norms, 0) or self._never_fast()
-        return ("reference", obstacle) if obstacle else ("fast", fast.engine(norms, weights.hidden.dtype))
+        like, there = torch.empty(1, 1, 1, dtype=weights.hidden.dtype, device="meta"), torch.device(device)
+        obstacle = fast.not_now_for(like, like, like, weights, norms, 0, there) or self._never_fast()
+        return ("reference", obstacle) if obstacle else ("fast", fast.engine(norms, weights.hidden.dtype, there))
 
     def _never_fast(self) -> str:
         suffix = self._suffixes()[0]
