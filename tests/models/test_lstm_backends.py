@@ -106,7 +106,9 @@ def test_the_choice_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build("none").backend_choice() == ("fused", "every site is bare")
     assert build("none", backend="fast").backend_choice()[0] == "fast"
     assert build("ln", proj_size=3).backend_choice() == ("reference", "proj_size is set")
-    assert build("ln").backend_choice("cuda") == ("reference", "the input is not on a CPU")
+    assert build("ln").backend_choice("mps") == ("reference", "the input is neither on a CPU nor on a GPU but on mps")
+    if not torch.cuda.is_available():
+        assert build("ln").backend_choice("cuda") == ("reference", "there is no GPU")
     ghosts = build("bn", norm_options=NormOptions(ghost_rows=2))
     assert ghosts.backend_choice() == ("reference", "bn at hidden_to_hidden has no fast form with ghost_rows")
     assert build("none", recompute=True).backend_choice()[0] == "fast"

@@ -182,7 +182,10 @@ class Recurrent(nn.RNNBase):
         self.bare = all(norm.identity for norm in every)
         self.counts_steps = any(norm.per_step for norm in every)
         self.mixes_rows = any(not norm.batch_independent for norm in every)
-        if backend == "fast" and (obstacle := self._never_fast()):
+        obstacle = self._never_fast()
+        if recompute and not self.fast.recomputes(torch.device("cpu")):
+            obstacle = f"recompute is set, for which a normlab.{kind} has no fast form"
+        if backend == "fast" and obstacle:
             raise InputError(f'{obstacle}; use backend="auto", which then takes the plain loop')
 
     def _layer(self) -> Callable[..., Any]:
@@ -205,19 +208,20 @@ class Recurrent(nn.RNNBase):
             return "reference", "asked for"
         if self._fused():
             return "fused", "every site is bare"
+        there = torch.device(device)
+        if self.recompute and not self.fast.recomputes(there):
+            return "reference", f"recompute is set, on a {there.type} device"
         suffix = self._suffixes()[0]
         norms, weights = self._site_norms(suffix), self._weights(suffix)
-        like = torch.empty(1, 1, 1, dtype=weights.hidden.dtype, device="cpu" if device == "cpu" else "meta")
+        like = torch.empty(1, 1, 1, dtype=weights.hidden.dtype, device="meta")
         state = [like] * len(self.State.fields)
-        obstacle = self.fast.not_now_for(like, *state, weights, norms, 0) or self._never_fast()
-        return ("reference", obstacle) if obstacle else ("fast", self.fast.engine(norms, weights.hidden.dtype))
+        obstacle = self.fast.not_now_for(like, *state, weights, norms, 0, there) or self._never_fast()
+        return ("reference", obstacle) if obstacle else ("fast", self.fast.engine(norms, weights.hidden.dtype, there))
 
     def _fused(self) -> bool:
         return self.backend == "auto" and self.bare and not self.recompute
 
     def _never_fast(self) -> str:
-        if self.recompute and not self.fast.RECOMPUTES:
-            return "recompute is set"
         suffix = self._suffixes()[0]
         return self.fast.never_for(self._site_norms(suffix), self._weights(suffix))
 

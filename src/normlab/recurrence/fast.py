@@ -1,5 +1,7 @@
 """The LSTM recurrence on a CPU as one autograd function over the sequence; equal to reference.py within rounding.
 
+On a GPU `lstm_layer` does the same by cuda.py.
+
 The loop over time is left with a matrix product and one call per step, forward and backward: the C kernels of
 kernels.c, or torch operators on the same buffers where they can not be built or where hidden_to_hidden and cell take
 statistics in different directions. The products over all time steps (input projection, gradients of both weights)
@@ -41,14 +43,12 @@ from normlab.norms.ln import LayerNorm
 from normlab.norms.moments import Moments, several_processes
 from normlab.norms.none import NoNorm
 from normlab.norms.rms import RMSNorm
-from normlab.recurrence import kernels, reference
+from normlab.recurrence import cuda, kernels, reference
 from normlab.recurrence.products import Product, product
 from normlab.recurrence.reference import SEGMENT, SiteCarry, SiteNorms, Weights
 
-__all__ = ["RECOMPUTES", "engine", "lstm_layer", "never_for", "not_now_for"]
+__all__ = ["engine", "lstm_layer", "never_for", "not_now_for", "recomputes"]
 
-RECOMPUTES = True
-"""Whether the layer here can take for backward what forward did not keep."""
 NONE, ROWS, BATCH, STORED = range(4)  # as in kernels.c
 SMALLEST_PARALLEL = 4096
 """B x H below which a step is not worth waking a second thread for."""
@@ -65,18 +65,42 @@ def never_for(norms: SiteNorms, weights: Weights) -> str:
     return ""
 
 
-def not_now_for(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Weights, norms: SiteNorms, step: Step) -> str:
-    """Why this call can not run here, if the layer can in principle; empty if it can."""
+def not_now_for(
+    x_TBI: Tensor,
+    h_BH: Tensor,
+    c_BH: Tensor,
+    weights: Weights,
+    norms: SiteNorms,
+    step: Step,
+    device: torch.device | None = None,
+) -> str:
+    """Why this call can not run here, if the layer can in principle; empty if it can.
+
+    Args:
+        device: the device asked about; None is that of `x_TBI`.
+    """
     if torch.compiler.is_compiling():
         return "torch.compile traces the loop"
-    if x_TBI.device.type != "cpu":
-        return "the input is not on a CPU"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
+    device = device or x_TBI.device
+    on_gpu = cuda.takes(device)
+    if device.type != "cpu" and not on_gpu:
+        return f"the input is neither on a CPU nor on a GPU but on {device.type}"
     parameters = [parameter for norm in norms for parameter in norm.parameters()]
-    tensors = [x_TBI, h_BH, c_BH, *parameters, *(weight for weight in weights if weight is not None)]
-    if {tensor.dtype for tensor in tensors} not in ({torch.float32}, {torch.float64}):
+    tensors = [h_BH, c_BH, *parameters, *(weight for weight in weights if weight is not None)]
+    if torch.is_autocast_enabled(device.type):
+        if not on_gpu:
+            return "autocast is on"
+        if torch.get_autocast_dtype(device.type) != torch.bfloat16:
+            return "autocast is to another dtype than bfloat16"
+        if {tensor.dtype for tensor in tensors} != {torch.float32}:
+            return "weights and state are not all float32, under autocast"
+    elif {tensor.dtype for tensor in [x_TBI, *tensors]} not in ({torch.float32}, {torch.float64}):
         return "tensors are not all float32 or all float64"
+    kinds = {_kind(norm) for norm in norms}
+    if on_gpu and {ROWS, BATCH} <= {_kind(norm) for norm in norms[1:]}:
+        return "hidden_to_hidden and cell take statistics in different directions"
+    if on_gpu and BATCH in kinds and x_TBI.shape[1] > cuda.MOST_ROWS:
+        return f"a batch norm has more than {cuda.MOST_ROWS} rows"
     if several_processes() and any(norm.training and not norm.batch_independent for norm in norms):
         return "processes share statistics"
     if isinstance(step, Tensor) and (norms.hidden_to_hidden.per_step or norms.cell.per_step):
@@ -85,11 +109,18 @@ def not_now_for(x_TBI: Tensor, h_BH: Tensor, c_BH: Tensor, weights: Weights, nor
         return "a norm is being watched"
     if not x_TBI.numel():
         return "the input is empty"
-    return ""
+    return cuda.failure(device) if on_gpu else ""
 
 
-def engine(norms: SiteNorms, dtype: torch.dtype) -> str:
+def recomputes(device: torch.device) -> bool:
+    """Whether the layer can take for backward what forward did not keep."""
+    return not cuda.takes(device)
+
+
+def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device) -> str:
     """What does the work of a time step of a call with gradient for these norms, and why not the kernels."""
+    if cuda.takes(device):
+        return "Triton kernels"
     kinds = {_kind(norm) for norm in norms}
     if {ROWS, BATCH} <= kinds:
         return "torch operators: the sites take statistics in different directions"
@@ -728,7 +759,8 @@ def lstm_layer(
         RuntimeError: differentiated twice.
     """
     # In this order: torch.compile need not look into the other.
-    if not_now_for(x_TBI, h_BP, c_BH, weights, norms, step) or never_for(norms, weights):
+    kept_back = recompute and not recomputes(x_TBI.device)
+    if kept_back or not_now_for(x_TBI, h_BP, c_BH, weights, norms, step) or never_for(norms, weights):
         return reference.lstm_layer(x_TBI, mask_BT, h_BP, c_BH, weights, norms, step, carry, recompute=recompute)
     length, rows = x_TBI.shape[:2]
     mask_TB = count_T = None
@@ -754,7 +786,10 @@ def lstm_layer(
     bias_G = None if weights.bias is None else weights.bias.contiguous()
     tensors = (x, weight_GI, weights.hidden, bias_G, h_BP, c_BH, *affine)
     gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    results = _Recurrence.apply((sites, mask_TB, count_T, gradient, recompute), *tensors)
+    if cuda.takes(x.device):
+        results = cuda.Recurrence.apply((sites, mask_TB, count_T, gradient), *tensors)
+    else:
+        results = _Recurrence.apply((sites, mask_TB, count_T, gradient, recompute), *tensors)
     assert isinstance(results, tuple)
     h_TBH, last_c = results
     counts = h_TBH.new_full((length,), rows) if count_T is None else count_T.to(h_TBH.dtype)

@@ -25,22 +25,34 @@ from normlab.recurrence.fast import BATCH, NONE, ROWS, never_for
 from normlab.recurrence.products import Product, product
 from normlab.recurrence.reference import Activation, SiteCarry, SiteNorms, Weights, project
 
-__all__ = ["RECOMPUTES", "engine", "gru_layer", "never_for", "not_now_for", "rnn_layer"]
+__all__ = ["engine", "gru_layer", "never_for", "not_now_for", "recomputes", "rnn_layer"]
 
-RECOMPUTES = False
-"""Whether the layers here can take for backward what forward did not keep."""
 Cell = Literal["gru", "tanh", "relu"]
 
 
-def not_now_for(x_TBI: Tensor, h_BH: Tensor, weights: Weights, norms: SiteNorms, step: Step) -> str:
-    """Why this call can not run here, if the layer can in principle; empty if it can."""
-    return fast.not_now_for(x_TBI, h_BH, h_BH, weights, norms, step) or kernels.absence(h_BH.dtype)
+def not_now_for(
+    x_TBI: Tensor, h_BH: Tensor, weights: Weights, norms: SiteNorms, step: Step, device: torch.device | None = None
+) -> str:
+    """Why this call can not run here, if the layer can in principle; empty if it can.
+
+    Args:
+        device: the device asked about; None is that of `x_TBI`.
+    """
+    device = device or x_TBI.device
+    if device.type != "cpu" and not torch.compiler.is_compiling():
+        return f"the input is not on a CPU but on {device.type}"
+    return fast.not_now_for(x_TBI, h_BH, h_BH, weights, norms, step, device) or kernels.absence(h_BH.dtype)
 
 
-def engine(norms: SiteNorms, dtype: torch.dtype) -> str:
+def recomputes(device: torch.device) -> bool:
+    """Whether the layers can take for backward what forward did not keep."""
+    return False
+
+
+def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device) -> str:
     """What does the work of a time step of a call with gradient."""
     # The input site runs by itself.
-    return fast.engine(norms._replace(input_to_hidden=norms.hidden_to_hidden), dtype)
+    return fast.engine(norms._replace(input_to_hidden=norms.hidden_to_hidden), dtype, device)
 
 
 def _built(like: Tensor) -> bool:

@@ -1,0 +1,427 @@
+"""One time step of a normalized LSTM layer in Triton, forward and backward, all but the matrix products.
+
+Needs `triton`, which torch brings along where it is built for a GPU. The arithmetic is that of reference.py; cuda.py
+says what the buffers are and calls these.
+
+A program owns a tile of the B x H hidden units with the entries of all four gates. What a norm pools must lie in one
+tile: statistics of a row (ln, rms, gn) need a tile as wide as H, those over the batch (bn, bn_step) one as tall as B.
+No program reads what it or another one wrote in the same launch. A norm's `weight` and `bias` are always given, as ones
+and zeros where it has none.
+
+Shape suffixes: R rows and U hidden units of a tile; the values of a gate are R x U.
+"""
+
+# Its type checker sees `triton.jit` without running it, and takes tuples it returns for nothing.
+# pyright: reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NONE = tl.constexpr(0)  # as in kernels.c
+ROWS = tl.constexpr(1)
+BATCH = tl.constexpr(2)
+STORED = tl.constexpr(3)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def _tanh(x):
+    """By exp, but near 0 by its series, where 1 - exp would cancel; Triton's own is not in its interpreter."""
+    size = tl.abs(x)
+    shrunk = tl.exp(-2 * size)
+    far = (1 - shrunk) / (1 + shrunk)
+    square = size * size
+    series = 0.02186948853615520282 + square * -0.00886323552990219657
+    series = -0.05396825396825396825 + square * series
+    series = 0.13333333333333333333 + square * series
+    series = -0.33333333333333333333 + square * series
+    y = tl.where(size < 0.2, size + size * square * series, far)
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _load_gates(ptr, offset, inside, hidden: tl.constexpr):
+    i = tl.load(ptr + offset, mask=inside, other=0)
+    f = tl.load(ptr + offset + hidden, mask=inside, other=0)
+    g = tl.load(ptr + offset + 2 * hidden, mask=inside, other=0)
+    o = tl.load(ptr + offset + 3 * hidden, mask=inside, other=0)
+    return i, f, g, o
+
+
+@triton.jit
+def _store_gates(ptr, offset, inside, hidden: tl.constexpr, i, f, g, o):
+    tl.store(ptr + offset, i, mask=inside)
+    tl.store(ptr + offset + hidden, f, mask=inside)
+    tl.store(ptr + offset + 2 * hidden, g, mask=inside)
+    tl.store(ptr + offset + 3 * hidden, o, mask=inside)
+
+
+@triton.jit
+def _count(count_ptr, time, rows, MASKED: tl.constexpr):
+    """Rows with an entry at this time step."""
+    return tl.load(count_ptr + time) if MASKED else rows
+
+
+@triton.jit
+def _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden: tl.constexpr, MASKED: tl.constexpr):
+    """Which entries of the tile exist, and which of those are real."""
+    exists = (row_R1 < rows) & (unit_1U < hidden)
+    real = exists
+    if MASKED:
+        real = exists & (tl.load(mask_ptr + time * rows + row_R1, mask=row_R1 < rows, other=0) != 0)
+    return exists, real
+
+
+# Statistics of a row, pooled over its features (4H for the gates, H for the cell) or over equal groups of them.
+
+
+@triton.jit
+def _in_group(inside, feature, group, width, GROUPS: tl.constexpr):
+    if GROUPS > 1:
+        inside = inside & (feature // width == group)
+    return inside
+
+
+@triton.jit
+def _row_cell(x, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr):
+    """`x` normalized; stores scale = 1 / sqrt(var + eps)."""
+    GROUPS: tl.constexpr = site[1]
+    width = hidden // GROUPS
+    y = tl.zeros_like(x)
+    for group in range(GROUPS):
+        inside = _in_group(real, unit_1U, group, width, GROUPS)
+        deviation = x
+        if site[2]:
+            deviation = x - tl.sum(tl.where(inside, x, 0), 1, keep_dims=True) / width
+        scale = tl.rsqrt(tl.sum(tl.where(inside, deviation * deviation, 0), 1, keep_dims=True) / width + site[3])
+        tl.store(spread_ptr + row_R1 * GROUPS + group, scale, mask=row_R1 < rows)
+        y = tl.where(inside, deviation * scale, y)
+    return y
+
+
+@triton.jit
+def _row_gates(i, f, g, o, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr):
+    """As `_row_cell`, over the features of all gates together."""
+    GROUPS: tl.constexpr = site[1]
+    width = 4 * hidden // GROUPS
+    y_i, y_f, y_g, y_o = tl.zeros_like(i), tl.zeros_like(i), tl.zeros_like(i), tl.zeros_like(i)
+    for group in range(GROUPS):
+        in_i = _in_group(real, unit_1U, group, width, GROUPS)
+        in_f = _in_group(real, unit_1U + hidden, group, width, GROUPS)
+        in_g = _in_group(real, unit_1U + 2 * hidden, group, width, GROUPS)
+        in_o = _in_group(real, unit_1U + 3 * hidden, group, width, GROUPS)
+        d_i, d_f, d_g, d_o = i, f, g, o
+        if site[2]:
+            both = tl.where(in_i, i, 0) + tl.where(in_f, f, 0) + tl.where(in_g, g, 0) + tl.where(in_o, o, 0)
+            mean = tl.sum(both, 1, keep_dims=True) / width
+            d_i, d_f, d_g, d_o = i - mean, f - mean, g - mean, o - mean
+        both = tl.where(in_i, d_i * d_i, 0) + tl.where(in_f, d_f * d_f, 0)
+        both += tl.where(in_g, d_g * d_g, 0) + tl.where(in_o, d_o * d_o, 0)
+        scale = tl.rsqrt(tl.sum(both, 1, keep_dims=True) / width + site[3])
+        tl.store(spread_ptr + row_R1 * GROUPS + group, scale, mask=row_R1 < rows)
+        y_i, y_f = tl.where(in_i, d_i * scale, y_i), tl.where(in_f, d_f * scale, y_f)
+        y_g, y_o = tl.where(in_g, d_g * scale, y_g), tl.where(in_o, d_o * scale, y_o)
+    return y_i, y_f, y_g, y_o
+
+
+@triton.jit
+def _row_cell_backward(d, y, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr):
+    """The gradient of `x` from that of the normalized `y`, both 0 where nothing is real."""
+    GROUPS: tl.constexpr = site[1]
+    width = hidden // GROUPS
+    d_x = tl.zeros_like(d)
+    for group in range(GROUPS):
+        inside = _in_group(real, unit_1U, group, width, GROUPS)
+        scale = tl.load(spread_ptr + row_R1 * GROUPS + group, mask=row_R1 < rows, other=0)
+        rest = d - y * (tl.sum(tl.where(inside, d * y, 0), 1, keep_dims=True) / width)
+        if site[2]:
+            rest -= tl.sum(tl.where(inside, d, 0), 1, keep_dims=True) / width
+        d_x = tl.where(inside, rest * scale, d_x)
+    return d_x
+
+
+@triton.jit
+def _row_gates_backward(
+    d_i, d_f, d_g, d_o, i, f, g, o, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr
+):
+    """As `_row_cell_backward`, over the features of all gates together."""
+    GROUPS: tl.constexpr = site[1]
+    width = 4 * hidden // GROUPS
+    x_i, x_f, x_g, x_o = tl.zeros_like(d_i), tl.zeros_like(d_i), tl.zeros_like(d_i), tl.zeros_like(d_i)
+    for group in range(GROUPS):
+        in_i = _in_group(real, unit_1U, group, width, GROUPS)
+        in_f = _in_group(real, unit_1U + hidden, group, width, GROUPS)
+        in_g = _in_group(real, unit_1U + 2 * hidden, group, width, GROUPS)
+        in_o = _in_group(real, unit_1U + 3 * hidden, group, width, GROUPS)
+        scale = tl.load(spread_ptr + row_R1 * GROUPS + group, mask=row_R1 < rows, other=0)
+        both = tl.where(in_i, d_i * i, 0) + tl.where(in_f, d_f * f, 0)
+        both += tl.where(in_g, d_g * g, 0) + tl.where(in_o, d_o * o, 0)
+        along = tl.sum(both, 1, keep_dims=True) / width
+        mean = tl.zeros_like(along)
+        if site[2]:
+            both = tl.where(in_i, d_i, 0) + tl.where(in_f, d_f, 0) + tl.where(in_g, d_g, 0) + tl.where(in_o, d_o, 0)
+            mean = tl.sum(both, 1, keep_dims=True) / width
+        x_i = tl.where(in_i, (d_i - mean - i * along) * scale, x_i)
+        x_f = tl.where(in_f, (d_f - mean - f * along) * scale, x_f)
+        x_g = tl.where(in_g, (d_g - mean - g * along) * scale, x_g)
+        x_o = tl.where(in_o, (d_o - mean - o * along) * scale, x_o)
+    return x_i, x_f, x_g, x_o
+
+
+# Statistics of a feature: over the rows of this time step, or stored.
+
+
+@triton.jit
+def _column(x, real, feature_1U, unit_1U, time, hidden: tl.constexpr, features, count, statistics, site: tl.constexpr):
+    """`x` normalized; a batch's mean and var are stored. `statistics`: as `Site.statistics` of cuda.py."""
+    mean_ptr, spread_ptr, stored_mean_ptr, stored_scale_ptr, stored_stride = statistics
+    exists = unit_1U < hidden
+    if site[0] == BATCH:
+        share = tl.maximum(count, 1)
+        mean = tl.sum(tl.where(real, x, 0), 0, keep_dims=True) / share
+        deviation = tl.where(real, x - mean, 0)
+        var = tl.sum(deviation * deviation, 0, keep_dims=True) / share
+        tl.store(mean_ptr + time * features + feature_1U, mean, mask=exists)
+        tl.store(spread_ptr + time * features + feature_1U, var, mask=exists)
+        scale = tl.rsqrt(var + site[3])
+        if stored_mean_ptr is not None:
+            alone = count <= 1
+            at = time * stored_stride + feature_1U
+            mean = tl.where(alone, tl.load(stored_mean_ptr + at, mask=exists, other=0), mean)
+            scale = tl.where(alone, tl.load(stored_scale_ptr + at, mask=exists, other=0), scale)
+    else:
+        at = time * stored_stride + feature_1U
+        mean = tl.load(stored_mean_ptr + at, mask=exists, other=0)
+        scale = tl.load(stored_scale_ptr + at, mask=exists, other=0)
+    return (x - mean) * scale
+
+
+@triton.jit
+def _column_backward(
+    d, y, real, feature_1U, unit_1U, time, hidden: tl.constexpr, features, count, statistics, site: tl.constexpr
+):
+    """The gradient of `x` from that of the normalized `y`, both 0 where nothing is real."""
+    _, spread_ptr, _, stored_scale_ptr, stored_stride = statistics
+    exists = unit_1U < hidden
+    if site[0] == BATCH:
+        scale = tl.rsqrt(tl.load(spread_ptr + time * features + feature_1U, mask=exists, other=0) + site[3])
+        share = tl.maximum(count, 1)
+        mean = tl.sum(tl.where(real, d, 0), 0, keep_dims=True) / share
+        along = tl.sum(tl.where(real, d * y, 0), 0, keep_dims=True) / share
+        d_x = (d - mean - y * along) * scale
+        if stored_scale_ptr is not None:
+            stored = tl.load(stored_scale_ptr + time * stored_stride + feature_1U, mask=exists, other=0)
+            d_x = tl.where(count <= 1, d * stored, d_x)
+    else:
+        d_x = d * tl.load(stored_scale_ptr + time * stored_stride + feature_1U, mask=exists, other=0)
+    return tl.where(real, d_x, 0)
+
+
+# A site, whatever its kind. `site`: as `Site.fixed` of cuda.py.
+
+
+@triton.jit
+def _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics, site: tl.constexpr):
+    if site[0] == ROWS:
+        spread_ptr = statistics[1] + time * rows * site[1]
+        i, f, g, o = _row_gates(i, f, g, o, real, row_R1, unit_1U, rows, hidden, spread_ptr, site)
+    elif site[0] != NONE:
+        F = 4 * hidden
+        i = _column(i, real, unit_1U, unit_1U, time, hidden, F, count, statistics, site)
+        f = _column(f, real, unit_1U + hidden, unit_1U, time, hidden, F, count, statistics, site)
+        g = _column(g, real, unit_1U + 2 * hidden, unit_1U, time, hidden, F, count, statistics, site)
+        o = _column(o, real, unit_1U + 3 * hidden, unit_1U, time, hidden, F, count, statistics, site)
+    return i, f, g, o
+
+
+@triton.jit
+def _gates_backward(
+    d_i, d_f, d_g, d_o, normalized_ptr, weight_ptr, here, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr,
+    count, statistics, site: tl.constexpr,
+):  # fmt: skip
+    if site[0] != NONE:
+        i, f, g, o = _load_gates(normalized_ptr, here, real, hidden)
+        w_i, w_f, w_g, w_o = _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden)
+        d_i, d_f, d_g, d_o = d_i * w_i, d_f * w_f, d_g * w_g, d_o * w_o
+        if site[0] == ROWS:
+            spread_ptr = statistics[1] + time * rows * site[1]
+            d_i, d_f, d_g, d_o = _row_gates_backward(
+                d_i, d_f, d_g, d_o, i, f, g, o, real, row_R1, unit_1U, rows, hidden, spread_ptr, site
+            )
+        else:
+            F = 4 * hidden
+            g_1U, o_1U = unit_1U + 2 * hidden, unit_1U + 3 * hidden
+            d_i = _column_backward(d_i, i, real, unit_1U, unit_1U, time, hidden, F, count, statistics, site)
+            d_f = _column_backward(d_f, f, real, unit_1U + hidden, unit_1U, time, hidden, F, count, statistics, site)
+            d_g = _column_backward(d_g, g, real, g_1U, unit_1U, time, hidden, F, count, statistics, site)
+            d_o = _column_backward(d_o, o, real, o_1U, unit_1U, time, hidden, F, count, statistics, site)
+    return d_i, d_f, d_g, d_o
+
+
+@triton.jit
+def normalize_input(
+    rows, hidden: tl.constexpr, mask_ptr, count_ptr, x_ptr, normalized_ptr, statistics,
+    site: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """The input site, T x B x 4H, before weight and bias; grid T x tiles down x tiles across."""
+    time = tl.program_id(0).to(tl.int64)
+    row_R1 = (tl.program_id(1) * R + tl.arange(0, R))[:, None]
+    unit_1U = (tl.program_id(2) * U + tl.arange(0, U))[None, :]
+    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
+    count = _count(count_ptr, time, rows, MASKED)
+    here = (time * rows + row_R1) * 4 * hidden + unit_1U
+    i, f, g, o = _load_gates(x_ptr, here, real, hidden)
+    i, f, g, o = _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site)
+    _store_gates(normalized_ptr, here, exists, hidden, i, f, g, o)
+
+
+@triton.jit
+def normalize_input_backward(
+    rows, hidden: tl.constexpr, mask_ptr, count_ptr, d_gates_ptr, normalized_ptr, weight_ptr, d_x_ptr, statistics,
+    site: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the input projection, from those of the gates; grid as in `normalize_input`."""
+    time = tl.program_id(0).to(tl.int64)
+    row_R1 = (tl.program_id(1) * R + tl.arange(0, R))[:, None]
+    unit_1U = (tl.program_id(2) * U + tl.arange(0, U))[None, :]
+    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
+    count = _count(count_ptr, time, rows, MASKED)
+    here = (time * rows + row_R1) * 4 * hidden + unit_1U
+    d_i, d_f, d_g, d_o = _load_gates(d_gates_ptr, here, real, hidden)
+    d_i, d_f, d_g, d_o = _gates_backward(
+        d_i, d_f, d_g, d_o, normalized_ptr, weight_ptr, here, real, row_R1, unit_1U, time, rows, hidden, count,
+        statistics, site,
+    )  # fmt: skip
+    _store_gates(d_x_ptr, here, exists, hidden, d_i, d_f, d_g, d_o)
+
+
+@triton.jit(do_not_specialize=["time"])
+def forward_step(
+    time, rows, hidden: tl.constexpr, mask_ptr, count_ptr,
+    input_ptr, input_weight_ptr, bias_ptr, product_ptr, hidden_weight_ptr, cell_weight_ptr, cell_bias_ptr,
+    hidden_statistics, cell_statistics,
+    cells_ptr, states_ptr, low_states_ptr, gates_ptr, squashed_ptr, hidden_normalized_ptr, cell_normalized_ptr,
+    cells_held, hidden_site: tl.constexpr, cell_site: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr,
+    R: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """h and c of one time step, and what backward needs, from the recurrent product B x 4H; grid tiles down x across.
+
+    `cells` and `states` begin with those before the first time step.
+    """
+    time = time.to(tl.int64)
+    row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
+    unit_1U = (tl.program_id(1) * U + tl.arange(0, U))[None, :]
+    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
+    count = _count(count_ptr, time, rows, MASKED)
+    column = unit_1U < hidden
+    state = row_R1 * hidden + unit_1U
+    gates = row_R1 * 4 * hidden + unit_1U
+    size = tl.cast(rows * hidden, tl.int64)
+    c = tl.load(cells_ptr + (time % cells_held) * size + state, mask=exists, other=0)
+
+    i, f, g, o = _load_gates(product_ptr, gates, real, hidden)
+    i, f, g, o = _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden, count, hidden_statistics, hidden_site)
+    if KEPT and hidden_site[0] != NONE:
+        _store_gates(hidden_normalized_ptr + time * 4 * size, gates, exists, hidden, i, f, g, o)
+    x_i, x_f, x_g, x_o = _load_gates(input_ptr + time * 4 * size, gates, real, hidden)
+    w_i, w_f, w_g, w_o = _load_gates(hidden_weight_ptr, unit_1U, column, hidden)
+    v_i, v_f, v_g, v_o = _load_gates(input_weight_ptr, unit_1U, column, hidden)
+    b_i, b_f, b_g, b_o = _load_gates(bias_ptr, unit_1U, column, hidden)
+    i = _sigmoid(i * w_i + x_i * v_i + b_i)
+    f = _sigmoid(f * w_f + x_f * v_f + b_f)
+    g = _tanh(g * w_g + x_g * v_g + b_g)
+    o = _sigmoid(o * w_o + x_o * v_o + b_o)
+    new_c = f * c + i * g
+
+    y = new_c
+    if cell_site[0] == ROWS:
+        spread_ptr = cell_statistics[1] + time * rows * cell_site[1]
+        y = _row_cell(y, real, row_R1, unit_1U, rows, hidden, spread_ptr, cell_site)
+    elif cell_site[0] != NONE:
+        y = _column(y, real, unit_1U, unit_1U, time, hidden, hidden, count, cell_statistics, cell_site)
+    if KEPT and cell_site[0] != NONE:
+        tl.store(cell_normalized_ptr + time * size + state, y, mask=exists)
+    w = tl.load(cell_weight_ptr + unit_1U, mask=column, other=0)
+    b = tl.load(cell_bias_ptr + unit_1U, mask=column, other=0)
+    squashed = _tanh(y * w + b)
+    h = o * squashed
+    if KEPT:
+        _store_gates(gates_ptr + time * 4 * size, gates, exists, hidden, i, f, g, o)
+        tl.store(squashed_ptr + time * size + state, squashed, mask=exists)
+    if MASKED:
+        h = tl.where(real, h, tl.load(states_ptr + time * size + state, mask=exists, other=0))
+        new_c = tl.where(real, new_c, c)
+    tl.store(cells_ptr + ((time + 1) % cells_held) * size + state, new_c, mask=exists)
+    tl.store(states_ptr + (time + 1) * size + state, h, mask=exists)
+    if low_states_ptr is not None:
+        tl.store(low_states_ptr + (time + 1) * size + state, h, mask=exists)
+
+
+@triton.jit(do_not_specialize=["time"])
+def backward_step(
+    time, rows, hidden: tl.constexpr, mask_ptr, count_ptr,
+    hidden_weight_ptr, cell_weight_ptr, hidden_statistics, cell_statistics,
+    cells_ptr, gates_ptr, squashed_ptr, hidden_normalized_ptr, cell_normalized_ptr,
+    d_output_ptr, d_next_ptr, d_h_ptr, d_c_ptr, d_gates_ptr, d_product_ptr, d_cell_ptr,
+    hidden_site: tl.constexpr, cell_site: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one time step; grid as in `forward_step`.
+
+    `d_next`: of its h by way of the next step's product. `d_h` and `d_c` (2 x B x H): what later steps pass on to
+    this h past padding, and to this c; read from one half and written to the other in turns. `d_cell`: of the cell
+    site's output.
+    """
+    time = time.to(tl.int64)
+    row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
+    unit_1U = (tl.program_id(1) * U + tl.arange(0, U))[None, :]
+    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
+    count = _count(count_ptr, time, rows, MASKED)
+    column = unit_1U < hidden
+    state = row_R1 * hidden + unit_1U
+    size = tl.cast(rows * hidden, tl.int64)
+    here = time * size + state
+    gates = time * 4 * size + row_R1 * 4 * hidden + unit_1U
+    taken, passed = ((time + 1) % 2) * size + state, (time % 2) * size + state
+
+    i, f, g, o = _load_gates(gates_ptr, gates, real, hidden)
+    squashed = tl.load(squashed_ptr + here, mask=real, other=0)
+    c = tl.load(cells_ptr + here, mask=real, other=0)
+    d_c_later = tl.load(d_c_ptr + taken, mask=exists, other=0)
+    d_h = tl.load(d_output_ptr + here, mask=exists, other=0) + tl.load(d_next_ptr + state, mask=exists, other=0)
+    if MASKED:
+        d_h += tl.load(d_h_ptr + taken, mask=exists, other=0)
+        tl.store(d_h_ptr + passed, tl.where(real, 0, d_h), mask=exists)
+        d_h = tl.where(real, d_h, 0)
+
+    d_o = d_h * squashed * o * (1 - o)
+    d_y = d_h * o * (1 - squashed * squashed)
+    d_c = d_y
+    if cell_site[0] != NONE:
+        tl.store(d_cell_ptr + here, d_y, mask=exists)
+        d_c = d_y * tl.load(cell_weight_ptr + unit_1U, mask=column, other=0)
+        y = tl.load(cell_normalized_ptr + here, mask=real, other=0)
+        if cell_site[0] == ROWS:
+            spread_ptr = cell_statistics[1] + time * rows * cell_site[1]
+            d_c = _row_cell_backward(d_c, y, real, row_R1, unit_1U, rows, hidden, spread_ptr, cell_site)
+        else:
+            d_c = _column_backward(
+                d_c, y, real, unit_1U, unit_1U, time, hidden, hidden, count, cell_statistics, cell_site
+            )
+    d_c = tl.where(real, d_c + d_c_later, 0)
+    d_i = d_c * g * i * (1 - i)
+    d_f = d_c * c * f * (1 - f)
+    d_g = d_c * i * (1 - g * g)
+    tl.store(d_c_ptr + passed, tl.where(real, d_c * f, d_c_later), mask=exists)
+    _store_gates(d_gates_ptr, gates, exists, hidden, d_i, d_f, d_g, d_o)
+    if d_product_ptr is not None:
+        d_i, d_f, d_g, d_o = _gates_backward(
+            d_i, d_f, d_g, d_o, hidden_normalized_ptr, hidden_weight_ptr, gates, real, row_R1, unit_1U, time, rows,
+            hidden, count, hidden_statistics, hidden_site,
+        )  # fmt: skip
+        _store_gates(d_product_ptr, gates, exists, hidden, d_i, d_f, d_g, d_o)

@@ -1,0 +1,491 @@
+"""The GPU's recurrence against the reference: on a GPU if there is one, else in Triton's interpreter.
+
+The interpreter replaces Triton in a whole process, so one test starts a pytest of its own, on this file.
+
+Shape suffixes: B batch, T time, I input features, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from normlab.models.lstm import LSTM
+from normlab.norms import build_norm
+from normlab.recurrence import cuda, fast, reference
+from normlab.recurrence.reference import SiteNorms, Weights
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if GPU else "cpu")
+on_either = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU; runs in the interpreter, in another process")
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
+
+BY_ROW, BY_COLUMN = ("none", "ln", "rms", "gn"), ("none", "bn", "bn_step")
+MAX_STEPS = 4
+EXACT = {"rtol": 1e-9, "atol": 1e-9}
+# Root mean square error relative to that of each result. Float32: sums in another order, divisions and exp to 2 units
+# in the last place. Bfloat16 has 8 bits, and rounds h and the weights at every time step. The worst, 5e-5 and 4e-2, are
+# gradients through the variance of a few rows.
+SINGLE, HALF = 1e-4, 6e-2
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        monkeypatch.setattr(cuda, "takes", lambda device: True)
+
+
+def build(names: tuple[str, str, str], inputs: int, hidden: int, *, bias: bool, affine: bool, seed: int) -> Any:
+    torch.manual_seed(seed)
+    norms = []
+    for name, dim, site_bias in zip(names, (4 * hidden, 4 * hidden, hidden), (True, False, True), strict=True):
+        options: dict[str, Any] = {} if name == "none" else {"affine": affine, "bias": site_bias}
+        # Groups that begin inside a gate, too.
+        options |= {"gn": {"groups": 3 if hidden % 3 == 0 else 2}, "bn_step": {"max_steps": MAX_STEPS}}.get(name, {})
+        norm = build_norm(name, dim, **options)
+        for parameter in norm.parameters():
+            nn.init.normal_(parameter, 1.0, 0.3)
+        norms.append(norm.to(DEVICE, torch.float64))
+    sizes = ((4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,))
+    weights = [(torch.randn(size) * 0.5).to(DEVICE, torch.float64).requires_grad_() for size in sizes]
+    return Weights(weights[0], weights[1], weights[2] if bias else None, None), SiteNorms(*norms)
+
+
+def inputs_of(rows: int, length: int, inputs: int, hidden: int, masked: bool) -> Any:
+    sizes = ((length, rows, inputs), (rows, hidden), (rows, hidden))
+    x, h, c = (torch.randn(size).to(DEVICE, torch.float64).requires_grad_() for size in sizes)
+    # Not only at the end; time steps with one row or none come up.
+    mask = (torch.rand(rows, length) < 0.5).to(DEVICE) if masked else None
+    return x, mask, h, c
+
+
+def results(layer: Any, weights: Weights, norms: SiteNorms, x: Tensor, mask: Any, h: Tensor, c: Tensor, step: int = 0):
+    """Everything a layer gives: outputs, states, gradients, stored values."""
+    out, last_h, last_c, _ = layer(x, mask, h, c, weights, norms, step)
+    leaves = [x, h, c, *weights, *(parameter for norm in norms for parameter in norm.parameters())]
+    leaves = [leaf for leaf in leaves if leaf is not None]
+    ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out).cos()
+    loss = (out * ramp).sum() + last_h.square().sum() + last_c.sin().sum()
+    found = [out, last_h, last_c, *torch.autograd.grad(loss, leaves)]
+    return found + [buffer for norm in norms for buffer in norm.buffers()]
+
+
+def require_close(found: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(found, exact, strict=True):
+        if one.is_floating_point():
+            error = (one.double() - other).norm() / other.norm().clamp(min=1e-3)
+            assert error < tolerance
+
+
+def lowered(weights: Weights, norms: SiteNorms, *tensors: Tensor) -> Any:
+    """The same in float32."""
+
+    def single(value: Tensor | None) -> Any:
+        return None if value is None else value.detach().float().requires_grad_()
+
+    twins = copy.deepcopy(norms)
+    for norm in twins:
+        norm.float()
+    return Weights(*(single(weight) for weight in weights)), twins, *(single(value) for value in tensors)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-5000:]
+    assert " passed" in run.stdout
+
+
+@on_either
+@settings(
+    max_examples=24,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    # Not made smaller when it fails: an example takes up to a second in the interpreter.
+    phases=[Phase.generate],
+)
+@given(data=st.data())
+def test_float64_equals_the_reference(data: st.DataObject) -> None:
+    draw = data.draw
+    recurrent = draw(st.sampled_from((BY_ROW, BY_COLUMN)))
+    names = (
+        draw(st.sampled_from(BY_ROW + BY_COLUMN)),
+        draw(st.sampled_from(recurrent)),
+        draw(st.sampled_from(recurrent)),
+    )
+    training = draw(st.sampled_from((True, True, False)))
+    fewest = 2 if training and {"bn", "bn_step"} & set(names) else 1
+    rows, length = draw(st.integers(fewest, 4)), draw(st.integers(1, 4))
+    inputs, hidden = draw(st.integers(1, 5)), draw(st.sampled_from((4, 6, 9, 18)))
+    affine, step = draw(st.booleans()), draw(st.integers(0, MAX_STEPS + 1))
+    weights, norms = build(
+        names, inputs, hidden, bias=draw(st.booleans()), affine=affine, seed=draw(st.integers(0, 99))
+    )
+    x, mask, h, c = inputs_of(rows, length, inputs, hidden, draw(st.booleans()))
+    if rows > 1:
+        reference.lstm_layer(torch.randn_like(x), None, h.detach(), c.detach(), weights, norms, 1)
+    for norm in norms:
+        norm.train(training)
+    assert not fast.never_for(norms, weights)
+    assert not fast.not_now_for(x, h, c, weights, norms, step)
+    twins = copy.deepcopy(norms)
+    found = results(fast.lstm_layer, weights, norms, x, mask, h, c, step)
+    exact = results(reference.lstm_layer, weights, twins, x, mask, h, c, step)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+@on_either
+@pytest.mark.parametrize("names", [("ln",) * 3, ("bn_step",) * 3, ("gn", "none", "rms")])
+def test_float32_is_close_to_the_reference_in_float64(names: Any) -> None:
+    weights, norms = build(names, 5, 20, bias=True, affine=True, seed=0)
+    x, mask, h, c = inputs_of(4, 4, 5, 20, names[0] == "bn_step")
+    weights_32, norms_32, x_32, h_32, c_32 = lowered(weights, norms, x, h, c)
+    found = results(fast.lstm_layer, weights_32, norms_32, x_32, mask, h_32, c_32)
+    require_close(found, results(reference.lstm_layer, weights, norms, x, mask, h, c), SINGLE)
+
+
+@on_either
+@pytest.mark.parametrize("names", [("bn",) * 3, ("none", "none", "ln"), ("bn_step", "ln", "none")])
+def test_bfloat16_products_with_states_and_statistics_in_float32(names: Any) -> None:
+    weights, norms = build(names, 5, 20, bias=True, affine=True, seed=0)
+    x, mask, h, c = inputs_of(8, 3, 5, 20, False)
+    weights_32, norms_32, x_32, h_32, c_32 = lowered(weights, norms, x, h, c)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert not fast.not_now_for(x_32, h_32, c_32, weights_32, norms_32, 0)
+        found = results(fast.lstm_layer, weights_32, norms_32, x_32, mask, h_32, c_32)
+    assert {value.dtype for value in found if value.is_floating_point()} == {torch.float32}
+    exact = results(reference.lstm_layer, weights, norms, x, mask, h, c)
+    require_close(found, exact, HALF)
+    # And no closer: the products did lose bits.
+    assert (found[0].double() - exact[0]).abs().max() > 1e-4
+
+
+@on_either
+def test_padding_of_nan_and_saturated_gates() -> None:
+    weights, norms = build(("ln", "bn", "bn_step"), 3, 4, bias=True, affine=True, seed=0)
+    x, mask, h, c = inputs_of(5, 4, 3, 4, True)
+    with torch.no_grad():
+        x[0] *= 1e6
+        x[1] *= 1e-6
+        x.masked_fill_(~mask.t().unsqueeze(-1), float("nan"))
+    twins = copy.deepcopy(norms)
+    with torch.no_grad():
+        found = fast.lstm_layer(x, mask, h, c, weights, norms)[:3]
+        exact = reference.lstm_layer(x, mask, h, c, weights, twins)[:3]
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+    bare = build(("none",) * 3, 1, 4, bias=False, affine=False, seed=0)[1]
+    values = [-1e30, -200.0, -20.0, -1e-3, -1e-20, 0.0, 1e-6, 0.19, 0.21, 15.0, 1e30, float("nan")]
+    x = torch.tensor(values, dtype=torch.float32, device=DEVICE).view(1, -1, 1)
+    ones = torch.ones(len(values), 4, device=DEVICE)
+    unit = Weights(ones.new_ones(16, 1), ones.new_zeros(16, 4), None, None)
+    found = fast.lstm_layer(x, None, ones, ones, unit, bare)[:3]
+    exact = reference.lstm_layer(x, None, ones, ones, unit, bare)[:3]
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=1e-30, equal_nan=True)
+
+
+@on_either
+@pytest.mark.parametrize("options", [{"pool": "batch_time"}, {"ghost_rows": 2}])
+def test_an_input_site_of_another_kind_runs_by_itself(options: dict[str, Any]) -> None:
+    weights, norms = build(("bn", "ln", "ln"), 3, 4, bias=True, affine=True, seed=0)
+    norms = norms._replace(input_to_hidden=build_norm("bn", 16, **options).to(DEVICE, torch.float64))
+    x, mask, h, c = inputs_of(5, 4, 3, 4, True)
+    twins = copy.deepcopy(norms)
+    found = results(fast.lstm_layer, weights, norms, x, mask, h, c)
+    for one, other in zip(found, results(reference.lstm_layer, weights, twins, x, mask, h, c), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+@on_either
+def test_backward_twice_with_the_graph_kept_and_never_a_second_derivative() -> None:
+    weights, norms = build(("ln", "ln", "ln"), 3, 4, bias=True, affine=True, seed=0)
+    x, _, h, c = inputs_of(3, 4, 3, 4, False)
+    out = fast.lstm_layer(x, None, h, c, weights, norms)[0].square().sum()
+    first = torch.autograd.grad(out, [x, weights.hidden], retain_graph=True)
+    second = torch.autograd.grad(out, [x, weights.hidden], retain_graph=True)
+    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    assert grad.equal(first[0])
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+@on_either
+def test_weights_changed_before_backward_are_refused() -> None:
+    weights, norms = build(("ln", "ln", "ln"), 3, 4, bias=True, affine=True, seed=0)
+    x, _, h, c = inputs_of(3, 4, 3, 4, False)
+    out = fast.lstm_layer(x, None, h, c, weights, norms)[0]
+    with torch.no_grad():
+        weights.hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@on_either
+def test_what_it_leaves_to_the_reference(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    weights, norms = build(("none", "bn", "ln"), 3, 4, bias=True, affine=True, seed=0)
+    x, _, h, c = inputs_of(3, 2, 3, 4, False)
+
+    def reason(norms: SiteNorms = norms) -> str:
+        return fast.not_now_for(x, h, c, weights, norms, 0)
+
+    assert reason() == "hidden_to_hidden and cell take statistics in different directions"
+    alike = norms._replace(cell=norms.input_to_hidden)
+    assert reason(alike) == ""
+    with torch.autocast(DEVICE.type, torch.float16):
+        assert reason(alike) == "autocast is to another dtype than bfloat16"
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        assert reason(alike) == "weights and state are not all float32, under autocast"
+    monkeypatch.setattr(cuda, "MOST_ROWS", 2)
+    assert reason(alike) == "a batch norm has more than 2 rows"
+    monkeypatch.undo()
+    monkeypatch.setattr(cuda, "takes", lambda device: True)
+    for error, said in ((ImportError(), "Triton is not installed"), (OSError("no compiler"), "OSError: no compiler")):
+        cuda.failure.cache_clear()
+        monkeypatch.setattr(cuda, "_kernels", lambda error=error: (_ for _ in ()).throw(error))
+        caplog.clear()
+        assert said in reason(alike)
+        results(fast.lstm_layer, weights, alike, x, None, h, c)
+        assert caplog.text.count(said) == 1
+    cuda.failure.cache_clear()
+
+
+@on_either
+def test_the_model_names_it() -> None:
+    lstm = LSTM(3, 4, norm="ln", device=DEVICE)
+    assert lstm.backend_choice(DEVICE.type) == ("fast", "Triton kernels")
+
+
+def trained(norm: str, steps: int, masked: bool = False) -> list[Tensor]:
+    """Losses, parameters and buffers of a small model over steps of two calls each, the last 2 in evaluation."""
+    torch.manual_seed(0)
+    rows, length, hidden = (16, 10, 32) if GPU else (2, 2, 4)
+    lstm = LSTM(8, hidden, norm=norm, device=DEVICE, max_steps=length)
+    optimizer = torch.optim.SGD(lstm.parameters(), 0.1)
+    found: list[Tensor] = []
+    for step in range(steps):
+        lstm.train(step < steps - 2)
+        x, y = torch.randn(2, length, rows, 8).to(DEVICE)
+        lengths = torch.randint(1, length + 1, (rows,)).to(DEVICE) if masked else None
+        out_x, state = lstm(x, lengths=lengths)
+        out_y, _ = lstm(y, state, lengths=lengths)
+        loss = out_x.square().sum() + out_x.sin().sum() + out_y.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.detach())
+    return [*found, *lstm.parameters(), *lstm.buffers()]
+
+
+class Replayed:
+    """A CUDA graph for the interpreter: the same launches on the same memory."""
+
+    def __init__(self, launch: Any, pool: Any = None) -> None:
+        self.replay, self.pool = launch, lambda: None
+
+
+class TestGraphs:
+    @pytest.fixture(
+        autouse=True,
+        params=[
+            pytest.param("cuda", marks=on_gpu),
+            pytest.param("interpreter", marks=pytest.mark.skipif(not INTERPRETED, reason="no interpreter")),
+        ],
+    )
+    def fresh(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        if request.param == "interpreter":
+            monkeypatch.setattr(cuda, "_with_graphs", lambda device: os.environ.get("NORMLAB_CUDA_GRAPHS") != "0")
+            monkeypatch.setattr(cuda, "_record", Replayed)
+        cuda._graphs.clear()
+        yield
+        cuda._graphs.clear()
+
+    @pytest.mark.parametrize(("norm", "masked"), [("ln", True), ("bn_step", False)])
+    def test_they_change_nothing(
+        self, norm: str, masked: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with_graphs = trained(norm, 4, masked)
+        assert caplog.text == ""
+        # Called twice before backward; in evaluation bn_step has other kernels.
+        captured = sum(graphs.captured for graphs in cuda._graphs.values())
+        assert captured == (2 if norm == "ln" else 4)
+        assert sum(len(graphs.idle) for graphs in cuda._graphs.values()) == captured
+        monkeypatch.setenv("NORMLAB_CUDA_GRAPHS", "0")
+        cuda._graphs.clear()
+        for one, other in zip(with_graphs, trained(norm, 4, masked), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert not cuda._graphs
+
+    def test_more_calls_before_backward_than_graphs(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda, "MOST_GRAPHS", 3)
+        weights, norms = build(("ln",) * 3, 3, 4, bias=True, affine=True, seed=0)
+        _, _, h, c = inputs_of(2, 2, 3, 4, False)
+        xs = [torch.randn(2, 2, 3, dtype=torch.float64, device=DEVICE) for _ in range(6)]
+        outs = [fast.lstm_layer(x, None, h, c, weights, norms)[0].square().sum() for x in xs]
+        kept = [torch.autograd.grad(out, weights.hidden, retain_graph=True)[0] for out in outs]
+        (graphs,) = cuda._graphs.values()
+        assert (graphs.captured, len(graphs.idle)) == (3, 0)
+        found = [torch.autograd.grad(out, weights.hidden)[0] for out in reversed(outs)][::-1]
+        assert len(graphs.idle) == 3
+        for x, one, other in zip(xs, kept, found, strict=True):
+            out = reference.lstm_layer(x, None, h, c, weights, norms)[0].square().sum()
+            torch.testing.assert_close(one, torch.autograd.grad(out, weights.hidden)[0], **EXACT)
+            assert one.equal(other)
+
+    def test_given_back_without_a_backward(self) -> None:
+        weights, norms = build(("ln",) * 3, 3, 4, bias=True, affine=True, seed=0)
+        x, _, h, c = inputs_of(2, 2, 3, 4, False)
+        for _ in range(6):
+            fast.lstm_layer(x, None, h, c, weights, norms)
+        (graphs,) = cuda._graphs.values()
+        assert (graphs.captured, len(graphs.idle)) == (1, 1)
+
+    def test_forgotten_when_not_called_for_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda, "CALLS_UNTIL_FORGOTTEN", 4)
+        weights, norms = build(("none",) * 3, 3, 4, bias=True, affine=True, seed=0)
+        for length in (1, 1, 1, 2, 2, 2, 2, 2):
+            x, _, h, c = inputs_of(1, length, 3, 4, False)
+            assert 1 in {shape.length for shape in cuda._graphs} or length == 1
+            fast.lstm_layer(x, None, h, c, weights, norms)
+        assert {shape.length for shape in cuda._graphs} == {2}
+
+    def test_a_capture_that_fails_goes_on_without(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with_graphs = trained("bn_step", 4)
+        cuda._graphs.clear()
+        record = cuda._record
+
+        def failing(launch: Any, pool: Any = None) -> Any:
+            def launch_and_fail() -> None:
+                launch()
+                raise RuntimeError("not in a capture")
+
+            graph = record(launch_and_fail, pool)
+            graph.replay()
+            return graph
+
+        monkeypatch.setattr(cuda, "_record", failing)
+        for one, other in zip(with_graphs, trained("bn_step", 4), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert caplog.text.count("not in a capture") == 2  # in training, in evaluation
+
+
+class TestOnAGpu:
+    """What only a GPU can show; there, all tests above run on it too."""
+
+    pytestmark = on_gpu
+
+    def test_tf32_only_where_torch_is_told_to(self) -> None:
+        weights, norms = build(("ln",) * 3, 64, 256, bias=True, affine=True, seed=0)
+        x, _, h, c = inputs_of(64, 3, 64, 256, False)
+        weights_32, norms_32, x_32, h_32, c_32 = lowered(weights, norms, x, h, c)
+        exact = reference.lstm_layer(x, None, h, c, weights, norms)[0]
+
+        def error() -> float:
+            return float((fast.lstm_layer(x_32, None, h_32, c_32, weights_32, norms_32)[0] - exact).abs().max())
+
+        before = torch.backends.cuda.matmul.fp32_precision
+        try:
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            single = error()
+            assert single < 1e-4
+            if torch.cuda.get_device_capability() >= (8, 0):
+                torch.backends.cuda.matmul.fp32_precision = "tf32"
+                assert error() > 3 * single
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+    @pytest.mark.parametrize("norm", ["ln", "bn_step"])
+    def test_a_large_layer_in_float32(self, norm: str) -> None:
+        weights, norms = build((norm,) * 3, 100, 1000, bias=True, affine=True, seed=0)
+        # Smaller weights: the error of a step must not grow over 20 of them.
+        weights = Weights(*(None if w is None else (w.detach() * 0.1).requires_grad_() for w in weights))
+        x, mask, h, c = inputs_of(64, 20, 100, 1000, True)
+        weights_32, norms_32, x_32, h_32, c_32 = lowered(weights, norms, x, h, c)
+        found = results(fast.lstm_layer, weights_32, norms_32, x_32, mask, h_32, c_32)
+        require_close(found, results(reference.lstm_layer, weights, norms, x, mask, h, c), 10 * SINGLE)
+
+
+class _AbsentGpu:
+    """As much of Triton's driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.mark.skipif(INTERPRETED or GPU, reason="they are compiled and run for real by the other tests")
+@pytest.mark.parametrize(
+    ("capability", "kinds", "rows", "hidden", "product_dtype"),
+    [
+        (80, (cuda.NONE, cuda.ROWS, cuda.ROWS), 64, 512, torch.bfloat16),
+        (90, (cuda.BATCH, cuda.BATCH, cuda.BATCH), 64, 1000, torch.float32),
+        (90, (cuda.STORED, cuda.NONE, cuda.STORED), 1, 1, torch.float32),
+    ],
+)
+def test_compiled_for_a_gpu_that_is_not_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capability: int, kinds: Any, rows: int, hidden: int,
+    product_dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """All the way to machine code, which needs no GPU: the interpreter accepts much that the compiler does not."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels = cuda._kernels()
+    compiled: dict[str, Any] = {}
+
+    class Compiled:
+        triton = kernels.triton
+
+    class Compiler:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: Any) -> Any:
+            kernel = getattr(kernels, self.name)
+            return lambda *args, **options: compiled.update({self.name: kernel.warmup(*args, grid=grid, **options)})
+
+    names = ("normalize_input", "normalize_input_backward", "forward_step", "backward_step")
+    for name in names:
+        setattr(Compiled, name, Compiler(name))
+    monkeypatch.setattr(cuda, "_kernels", lambda: Compiled)
+    monkeypatch.setattr(cuda, "_multiply", lambda *args: None)
+    sites = tuple(cuda._Fixed(kind, 1, True, 1e-5, 0 if kind == cuda.ROWS else 2) for kind in kinds)
+    shape = cuda._Shape(DEVICE, 0, 2, rows, hidden, torch.float32, product_dtype, True, True, "none", sites)
+    monkeypatch.setattr(triton.runtime.driver, "_active", _AbsentGpu(capability))
+    tape = cuda._Tape(shape)
+    gradients = cuda._Gradients(tape)
+    cuda._forward(tape)
+    cuda._backward(tape, gradients)
+    cuda._normalize_input(tape, tape.input)
+    cuda._normalize_input_backward(tape, gradients.d_gates, gradients.d_gates)
+    assert set(compiled) == set(names)
+    assert all(result.asm["cubin"] for result in compiled.values())
