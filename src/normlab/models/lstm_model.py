@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.config import InputError, LSTMConfig
+from normlab.models.linear import Linear
 from normlab.models.lstm import LSTM, LSTMState
 from normlab.models.output import ModelOutput
 
@@ -56,7 +57,7 @@ class LSTMModel(nn.Module):
         )
         directions = 2 if config.bidirectional else 1
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(directions * config.width, vocab_size if classes is None else classes)
+        self.head = Linear(directions * config.width, vocab_size if classes is None else classes)
         count = directions * config.layers
         self.initial_h = nn.Parameter(torch.zeros(count, config.width)) if config.learned_state else None
         self.initial_c = nn.Parameter(torch.zeros(count, config.width)) if config.learned_state else None

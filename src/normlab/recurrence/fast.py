@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from normlab.machine.products import Product, input_gradient, product, weight_gradient
 from normlab.norms.base import Norm, Step
 from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.norms.bn import BatchNorm
@@ -33,7 +34,6 @@ from normlab.norms.moments import Moments, several_processes
 from normlab.norms.none import NoNorm
 from normlab.norms.rms import RMSNorm
 from normlab.recurrence import kernels, reference
-from normlab.recurrence.products import Product, product
 from normlab.recurrence.reference import SiteCarry, SiteNorms, Weights
 
 __all__ = ["engine", "lstm_layer", "never_for", "not_now_for"]
@@ -533,13 +533,13 @@ class _Recurrence(torch.autograd.Function):
             needs = ctx.needs_input_grad
             before_NH = torch.cat([h_BH.unsqueeze(0), output[:-1]]).flatten(0, 1) if needs[3] else None
             d_product_NG, d_projected_NG = gradients.d_product.flatten(0, 1), gradients.d_projected.flatten(0, 1)
-            d_weight_GH = None if before_NH is None else _weight_gradient(d_product_NG, before_NH)
-            d_weight_GI = _weight_gradient(d_projected_NG, x_TBI.flatten(0, 1)) if needs[2] else None
+            d_weight_GH = None if before_NH is None else weight_gradient(d_product_NG, before_NH)
+            d_weight_GI = weight_gradient(d_projected_NG, x_TBI.flatten(0, 1)) if needs[2] else None
             d_x = None
             if needs[1]:
                 d_x = gradients.d_projected
                 if weight_GI is not None:
-                    d_x = product(d_projected_NG, weight_GI.t()).view_as(x_TBI)
+                    d_x = input_gradient(d_projected_NG, weight_GI).view_as(x_TBI)
             d_bias = None if gradients.d_bias is None else gradients.d_bias.sum(0)
             d_affine = [
                 None if total is None else total.sum(0) for site in sites for total in (site.d_weight, site.d_bias)
@@ -582,10 +582,6 @@ def _through_time(tape: _Tape, gradients: _Gradients, weight_GH: Tensor) -> Tens
         d_next = recurrent(gradients.d_product[time])
     assert d_next is not None
     return d_next if tape.mask_TB is None else d_next + gradients.d_h
-
-
-def _weight_gradient(d_y_NG: Tensor, x_NI: Tensor) -> Tensor:
-    return product(x_NI.t(), d_y_NG.t()).t()
 
 
 def lstm_layer(

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +17,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from normlab.machine import cache
 
 __all__ = ["Sequence", "Site", "compiler", "load"]
 
@@ -107,9 +108,9 @@ def _built(program: str, flags: tuple[str, ...]) -> Path:
     """The shared library built with `flags`, from the cache if it is there."""
     source = SOURCE.read_bytes()
     version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_SECONDS, check=True).stdout
-    parts = (source, version, program.encode(), " ".join(flags).encode(), _cpu().encode())
+    parts = (source, version, program.encode(), " ".join(flags).encode(), cache.processor().encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    folder = _cache()
+    folder = cache.folder()
     path = folder / f"lstm-{key}.so"
     if path.exists():
         return path
@@ -128,24 +129,3 @@ def _built(program: str, flags: tuple[str, ...]) -> Path:
 
 def _run(*command: str) -> None:
     subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True)
-
-
-def _cache() -> Path:
-    """A folder of the user's own; a new one for this process where there is none to write to."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        folder = (Path(root) if root else Path.home() / ".cache") / "normlab"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="normlab-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="normlab-"))
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    names = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))

@@ -23,6 +23,7 @@ from rich.console import Console
 from normlab.config import HuggingFaceConfig, InputError, RunConfig, run_id
 from normlab.data.corpora import require_corpus
 from normlab.data.prepared import PreparedText, prepare
+from normlab.machine import products
 from normlab.models.huggingface import require_architecture
 from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
@@ -35,6 +36,7 @@ from normlab.training.facts import (
     leak_facts,
     leak_warning,
     peak_memory_mib,
+    product_facts,
     recurrence_facts,
     site_facts,
     statistics_rows,
@@ -189,6 +191,12 @@ class _Run:
 
     def train(self) -> Outcome:
         """Fit, then evaluate the weights with the best validation loss."""
+        # A run that goes on keeps the products it began with, whatever this machine's choice is by now.
+        begun = self.record.environment().get("products", {}) if self.checkpoints.last.exists() else {}
+        with products.kept(begun.get("onednn")):
+            return self._train()
+
+    def _train(self) -> Outcome:
         if self.first:
             self._write_environment()
             self.text.tokenizer.save(self.record.tokenizer_path)
@@ -288,6 +296,9 @@ class _Run:
         if recurrence:
             environment["recurrence"] = recurrence
             self._say("recurrence: {backend} ({reason})".format(**recurrence))
+        chosen = product_facts(self.trainer)
+        if chosen:
+            environment["products"] = chosen
         devices, accumulate = self.config.training.devices, self.config.training.accumulate
         rows = statistics_rows(self.module, self.batch_size, devices)
         if rows is not None:
