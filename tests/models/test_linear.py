@@ -92,7 +92,7 @@ def test_second_derivatives():
         leaf = x.clone().requires_grad_()
         inputs = [leaf, *layer.parameters()]
         first = torch.autograd.grad(layer(leaf).pow(3).sum(), inputs, create_graph=True)
-        found.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs))
+        found.append(torch.autograd.grad(torch.stack([grad.square().sum() for grad in first]).sum(), inputs))
     close(*found)
 
 
