@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["applies", "rescale", "running_sum"]
+__all__ = ["applies", "local_response", "rescale", "running_sum"]
 
 
 def applies() -> bool:
     """Whether a hand-written backward pass can serve."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0  # pyright: ignore[reportAttributeAccessIssue]
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # pyright: ignore[reportAttributeAccessIssue]
     )
 
 
@@ -105,3 +103,49 @@ class _RunningSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return running_sum(grads[0], reverse=not ctx.reverse), None
+
+
+def local_response(x: Tensor, window: int, alpha: float, beta: float, k: float) -> Tensor:
+    """x / (k + alpha * mean(x^2 over the `window` features around each one))^beta, with zeros beyond the ends."""
+    if applies():
+        y: Any = _LocalResponse.apply(x, window, alpha, beta, k)
+        return y
+    return x * _damping(x, window, alpha, k) ** -beta
+
+
+def _damping(x: Tensor, window: int, alpha: float, k: float) -> Tensor:
+    return k + alpha / window * _window_sum(x.square(), window // 2, (window - 1) // 2)
+
+
+def _window_sum(x: Tensor, before: int, after: int) -> Tensor:
+    """Of each entry and so many `before` and `after` it along the last dimension: torch.nn.functional.avg_pool1d, on a
+    CPU, takes ten times as long.
+    """
+    total, features = x.clone(), x.shape[-1]
+    for distance in range(1, min(max(before, after), features - 1) + 1):
+        if distance <= before:
+            total[..., distance:] += x[..., : features - distance]
+        if distance <= after:
+            total[..., : features - distance] += x[..., distance:]
+    return total
+
+
+class _LocalResponse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, window: int, alpha: float, beta: float, k: float) -> Tensor:
+        damping = _damping(x, window, alpha, k)
+        power = damping**-beta
+        ctx.window, ctx.alpha, ctx.beta, ctx.k = window, alpha, beta, k
+        ctx.save_for_backward(x, damping, power)
+        return x * power
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x, damping, power), (g,) = ctx.saved_tensors, grads
+        if torch.is_grad_enabled():  # for second derivatives both depend on x
+            damping = _damping(x, ctx.window, ctx.alpha, ctx.k)
+            power = damping**-ctx.beta
+        scaled = g * power
+        # Entry f is in the windows of as many features after it as it has before it in its own.
+        felt = _window_sum(scaled * x / damping, (ctx.window - 1) // 2, ctx.window // 2)
+        return torch.addcmul(scaled, x, felt, value=-2 * ctx.alpha * ctx.beta / ctx.window), None, None, None, None

@@ -208,25 +208,28 @@ def _cumulative_moments(x: Tensor, keep_BT1: Tensor, carry: Prefix | None) -> Mo
         count = count + carry.count
         first = first + carry.count * before
         second = second + carry.square + carry.count * before.square()
-    return Moments(*_from_sums(first, second, pivot, count.clamp(min=1)), count)
-
-
-def _from_sums(first: Tensor, second: Tensor, pivot: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance from the sums of deviations from `pivot` and of their squares."""
+    divisor = count.clamp(min=1)
     shift = first / divisor
     # Where the sum of squares has left its precision, inf - inf would be NaN; any statistic that large gives 0.
-    var = torch.where(second.isfinite(), second / divisor - shift.square(), torch.finfo(first.dtype).max)
-    return pivot + shift, var.clamp(min=0)
+    var = torch.where(second.isfinite(), second / divisor - shift.square(), torch.finfo(x.dtype).max)
+    return Moments(pivot + shift, var.clamp(min=0), count)
 
 
 class _CumulativeMoments(torch.autograd.Function):
-    """Mean and variance of all up to each time step; `divisor` is their number."""
+    """Mean and variance of all up to each time step, as `_cumulative_moments` has them; `divisor` is their number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, keep: Tensor, pivot: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
         deviation = (x - pivot).mul_(keep)
-        first = fused.running_sum(deviation)
-        mean, var = _from_sums(first, fused.running_sum(deviation.square_()), pivot, divisor)
+        shift = fused.running_sum(deviation).div_(divisor)
+        second = fused.running_sum(deviation.square_())
+        var = torch.addcmul(second / divisor, shift, shift, value=-1)
+        # The last sum is the largest. Elsewhere than on a CPU, looking would wait for the device.
+        ctx.overflown = second.device.type != "cpu" or not bool(second[:, -1].isfinite().all())
+        if ctx.overflown:
+            var = torch.where(second.isfinite(), var, torch.finfo(x.dtype).max)
+        var.clamp_(min=0)
+        mean = shift.add_(pivot)
         ctx.save_for_backward(x, keep, pivot, divisor, mean, var)
         return mean, var
 
@@ -234,11 +237,12 @@ class _CumulativeMoments(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         x, keep, pivot, divisor, mean, var = ctx.saved_tensors
         d_mean, d_var = grads
-        # Of a variance that was put there, for want of precision, nothing is felt.
-        d_second = torch.where(var < torch.finfo(var.dtype).max, d_var, 0) / divisor
-        d_first = d_mean / divisor - 2 * (mean - pivot) * d_second
+        d_second = d_var / divisor
+        if ctx.overflown:  # nothing is felt of a variance that was put there
+            d_second = torch.where(var < torch.finfo(var.dtype).max, d_second, 0)
+        d_first = torch.addcmul(d_mean / divisor, mean - pivot, d_second, value=-2)
         later_first, later_second = (fused.running_sum(value, reverse=True) for value in (d_first, d_second))
-        return (later_first + 2 * (x - pivot) * later_second) * keep, None, None, None
+        return torch.addcmul(later_first, x - pivot, later_second, value=2) * keep, None, None, None
 
 
 def prefix_moments(
@@ -247,6 +251,7 @@ def prefix_moments(
     """Moments of everything up to and including each column: causal, cumulative over time.
 
     Args:
+        x_BTF: finite at padding (see `zero_padding`).
         over_batch: pool the rows of all processes too (mean 1 x T x F), else one set per row (mean B x T x F).
         center: as in `moments`; False needs `over_batch`, whose pooling adds the rows' own means back.
         carry: what came before `x_BTF`; None for nothing.
@@ -254,7 +259,7 @@ def prefix_moments(
     Returns:
         The moments and the carry for the columns to come.
     """
-    x = zero_padding(for_statistics(x_BTF), mask_BT)
+    x = for_statistics(x_BTF)
     keep_BT1 = torch.ones_like(x[..., :1]) if mask_BT is None else mask_BT.unsqueeze(-1).to(x.dtype)
     if carry is not None and x.shape[1] == 1:
         per_row = _next_moments(x, keep_BT1, carry)
