@@ -51,18 +51,17 @@ class _Rescale(torch.autograd.Function):
         (g,) = grads
         x, mean, scale, weight, bias = ctx.saved_tensors
         needs_x, needs_mean, needs_scale, needs_weight, needs_bias = ctx.needs_input_grad
-        d_x = d_mean = d_scale = d_weight = d_bias = None
-        if needs_x or needs_mean:
-            d_x = g * scale if weight is None else g * weight * scale
-        if needs_mean:
+        d_mean = d_scale = d_weight = d_bias = None
+        d_x = (g * scale if weight is None else g * weight * scale) if needs_x or needs_mean else None
+        if needs_mean and d_x is not None:
             d_mean = -d_x.sum_to_size(mean.shape)
         if needs_scale or needs_weight:
             product = g * (x if mean is None else x - mean)
             if needs_scale:
                 d_scale = (product if weight is None else product * weight).sum_to_size(scale.shape)
-            if needs_weight:
+            if needs_weight and weight is not None:
                 d_weight = (product * scale).sum_to_size(weight.shape).to(weight.dtype)
-        if needs_bias:
+        if needs_bias and bias is not None:
             d_bias = g.sum_to_size(bias.shape).to(bias.dtype)
         return d_x, d_mean, d_scale, d_weight, d_bias
 
