@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import normlab
 from normlab.config import InputError, RunConfig
+from normlab.machine.products import KINDS, VARIABLE
 from normlab.records.summary import summary_rows
 from normlab.training.facts import leak_facts, leak_warning, statistics_rows
 from normlab.training.faults import require_rows
@@ -51,6 +53,20 @@ def test_rows_of_a_training_statistic(tiny_run: Build, changes: dict[str, Any], 
 def test_they_are_recorded(tiny_run: Build):
     for changes, rows in ((GHOSTS, 3), (MEMORY, 24)):
         assert train(tiny_run(**changes, training__steps=2)).environment()["statistics_batch_rows"] == rows
+
+
+def test_the_matrix_products_are_recorded_and_kept(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    config = tiny_run(training__steps=4)
+    monkeypatch.setenv(VARIABLE, "onednn")
+    record = train(config)
+    assert record.environment()["products"] == {"onednn": sorted(KINDS), "reason": f"{VARIABLE}=onednn"}
+    assert record.checkpoint("last").exists()
+    record.folder.joinpath("outcome.json").unlink()  # as if it had been stopped
+    monkeypatch.setenv(VARIABLE, "torch")
+    kept = train(config).environment()["products"]
+    assert kept == {"onednn": sorted(KINDS), "reason": "as the run began"}
 
 
 def test_the_warning_of_accumulation(tiny_run: Build, capsys: pytest.CaptureFixture[str]):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from normlab.models.linear import Linear
 from normlab.models.sites import NormFactory
 
 ROTARY_BASE = 10_000.0
@@ -72,10 +73,10 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.causal = causal
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.query_norm = norms("query", width // heads)
         self.key_norm = norms("key", width // heads)
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
 
     def forward(self, x_BTF: Tensor, context: Context) -> Tensor:
         B, T, F = x_BTF.shape

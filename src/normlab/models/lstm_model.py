@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from normlab.config import InputError, LSTMConfig
 from normlab.models.gru import GRU
+from normlab.models.linear import Linear
 from normlab.models.lstm import LSTM
 from normlab.models.output import ModelOutput
 from normlab.models.recurrent import Recurrent, RecurrentState
@@ -69,7 +70,7 @@ class LSTMModel(nn.Module):
         )
         directions = 2 if config.bidirectional else 1
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(directions * config.width, vocab_size if classes is None else classes)
+        self.head = Linear(directions * config.width, vocab_size if classes is None else classes)
         count = directions * config.layers
         self.initial_h = nn.Parameter(torch.zeros(count, config.width)) if config.learned_state else None
         learns_c = config.learned_state and "c" in self.lstm.State.fields

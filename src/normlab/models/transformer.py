@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from normlab.config import InputError, TransformerConfig
 from normlab.models.attention import Context, SelfAttention, rotary_rotation, visible_keys
+from normlab.models.linear import Linear
 from normlab.models.output import ModelOutput
 from normlab.models.sites import NormFactory
 
@@ -46,8 +47,8 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = ffn_hidden_width(config)
         self.activation = config.activation
-        self.up = nn.Linear(config.width, 2 * hidden if config.activation == "swiglu" else hidden)
-        self.down = nn.Linear(hidden, config.width)
+        self.up = Linear(config.width, 2 * hidden if config.activation == "swiglu" else hidden)
+        self.down = Linear(hidden, config.width)
 
     def forward(self, x_BTF: Tensor) -> Tensor:
         hidden = self.up(x_BTF)
@@ -135,9 +136,9 @@ class TransformerModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config, norms, causal=self.causal) for _ in range(config.layers))
         self.final_norm = None if config.placement == "post" else norms("final", config.width)
         if classes is None:
-            self.head = nn.Linear(config.width, vocab_size, bias=False)
+            self.head = Linear(config.width, vocab_size, bias=False)
         else:
-            self.head = nn.Linear(config.width, classes)
+            self.head = Linear(config.width, classes)
         self._initialize()
         if config.tie_embeddings:
             self.head.weight = self.token_embedding.weight

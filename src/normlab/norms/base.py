@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.config import InputError
+from normlab.norms.fused import rescale
 from normlab.norms.moments import Moments, Prefix, for_statistics, several_processes
 
 Step = int | Tensor
@@ -152,14 +153,11 @@ class Norm(nn.Module, ABC):
     def standardize(self, x: Tensor, mean: Tensor | None, var: Tensor) -> Tensor:
         """(x - mean) / sqrt(var + eps) * weight + bias, in the precision of statistics, returned in that of `x`."""
         scale = torch.rsqrt(var + self.eps)
-        y = for_statistics(x)
-        if mean is not None:
-            y = y - mean
+        weight = self.weight
         # Statistics per feature are small: fold the gain into them rather than multiply the whole tensor twice.
-        if self.weight is not None and scale.shape[-1] == self.dim:
-            y = y * (scale * self.weight)
-            return (y if self.bias is None else y + self.bias).to(x.dtype)
-        return self.gain_and_bias(y * scale, x.dtype)
+        if weight is not None and scale.shape[-1] == self.dim:
+            scale, weight = scale * weight, None
+        return rescale(for_statistics(x), mean, scale, weight, self.bias).to(x.dtype)
 
     def gain_and_bias(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         """y * weight + bias, in `dtype`."""

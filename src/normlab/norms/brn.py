@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normlab.norms.batch_statistics import BatchStatisticsNorm, as_it_stands
+from normlab.norms.fused import rescale
 from normlab.norms.moments import Moments, for_statistics
 
 
@@ -53,7 +54,12 @@ class BatchRenorm(BatchStatisticsNorm):
             running_sigma = (running_var + self.eps).sqrt()
             r = torch.clamp(sigma / running_sigma, 1 / r_max, r_max)
             d = torch.clamp((batch.mean - running_mean) / running_sigma, -d_max, d_max)
-        return self.gain_and_bias((for_statistics(x) - batch.mean) / sigma * r + d, x.dtype)
+        scale, shift = r / sigma, d
+        if self.weight is not None:
+            scale, shift = scale * self.weight, shift * self.weight
+        if self.bias is not None:
+            shift = shift + self.bias
+        return rescale(for_statistics(x), batch.mean, scale, None, shift).to(x.dtype)
 
     def update(self, statistics: Moments, step: int | Tensor) -> None:
         super().update(statistics, step)

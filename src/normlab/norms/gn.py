@@ -9,7 +9,8 @@ from torch import Tensor
 
 from normlab.config import InputError, require_choice
 from normlab.norms.base import Norm, Shares, Step
-from normlab.norms.moments import Prefix, moments, prefix_moments, zero_padding
+from normlab.norms.fused import rescale
+from normlab.norms.moments import Prefix, for_statistics, moments, prefix_moments, zero_padding
 
 
 @final
@@ -63,9 +64,10 @@ class GroupNorm(Norm):
         self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0, carry: Prefix | None = None
     ) -> tuple[Tensor, None, Prefix | None]:
         x = zero_padding(x_BTF, mask_BT)
-        token = moments(x.unflatten(-1, (self.groups, -1)), None, (-1,))
+        grouped = for_statistics(x).unflatten(-1, (self.groups, -1))
+        token = moments(grouped, None, (-1,))
         if self.pool == "token":
-            mean, var = token.mean.squeeze(-1), token.var.squeeze(-1)
+            mean, var = token.mean, token.var
         else:
             # Tokens are equally large parts of their group, so the variance of all is that of the tokens' means plus
             # the mean of their variances: means and variances are pooled over time as if they were 2 x groups features.
@@ -77,10 +79,12 @@ class GroupNorm(Norm):
             else:
                 over_time, carry = prefix_moments(both, mask_BT, False, carry)
             mean, inner = over_time.mean.chunk(2, -1)
-            var = inner + over_time.var[..., : self.groups]
-        width = self.dim // self.groups
-        mean, var = (value.repeat_interleave(width, -1) for value in (mean, var))
-        return self.standardize(x, mean, var), None, carry
+            mean, var = mean.unsqueeze(-1), (inner + over_time.var[..., : self.groups]).unsqueeze(-1)
+        weight, bias = (
+            None if value is None else value.unflatten(-1, (self.groups, -1)) for value in (self.weight, self.bias)
+        )
+        y = rescale(grouped, mean, torch.rsqrt(var + self.eps), weight, bias)
+        return y.flatten(-2).to(x.dtype), None, carry
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, groups={self.groups}, pool={self.pool}"

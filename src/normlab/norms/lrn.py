@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import final
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from normlab.norms.base import Norm, Shares, Step
+from normlab.norms.fused import local_response
 from normlab.norms.moments import Prefix, for_statistics, zero_padding
 
 
@@ -51,9 +51,8 @@ class LocalResponseNorm(Norm):
         self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0, carry: Prefix | None = None
     ) -> tuple[Tensor, None, None]:
         x = for_statistics(zero_padding(x_BTF, mask_BT))
-        square = F.pad(x.square(), (self.window // 2, (self.window - 1) // 2))
-        near = F.avg_pool1d(square, self.window, stride=1)
-        return self.gain_and_bias(x / (self.k + self.alpha * near) ** self.beta, x_BTF.dtype), None, None
+        y = local_response(x, self.window, self.alpha, self.beta, self.k)
+        return self.gain_and_bias(y, x_BTF.dtype), None, None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, window={self.window}, alpha={self.alpha:g}, beta={self.beta:g}, k={self.k:g}"

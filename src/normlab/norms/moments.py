@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normlab.norms import fused
+
 
 class Moments(NamedTuple):
     """Statistics of one set of entries per element: `mean`, biased `var`, and `count` of valid entries (float)."""
@@ -76,7 +78,7 @@ def moments(
     """Moments of `x` over `dims` (kept with size 1), in two passes.
 
     Args:
-        x: B x T x F (any shape if `mask_BT` is None).
+        x: B x T x F (any shape if `mask_BT` is None), 0 at padding (see `zero_padding`).
         mask_BT: True = real entry; None = all are. With a mask, `dims` are among 0 and 1.
         dims: the dimensions whose entries share statistics.
         center: False gives mean 0 and var = E[x^2], the mean square.
@@ -84,31 +86,53 @@ def moments(
     """
     x = for_statistics(x)
     synchronize = synchronize and several_processes()
-    if mask_BT is None and not synchronize:
-        entries = 1
-        for dim in dims:
-            entries *= x.shape[dim]
-        # Written out, the two passes take a fifth of the time of torch.var_mean on a CPU.
-        if center:
-            mean = x.mean(dims, keepdim=True)
-            var = (x - mean).square().mean(dims, keepdim=True)
-        else:
-            var = x.square().mean(dims, keepdim=True)
-            mean = torch.zeros_like(var)
-        return Moments(mean, var, mean.new_full((1,) * x.ndim, entries))
+    keep = None if mask_BT is None else mask_BT.unsqueeze(-1).to(x.dtype)
+    entries = 1
+    for dim in dims:
+        entries *= x.shape[dim]
+    count = x.new_full((1,) * x.ndim, entries) if keep is None else keep.sum(dims, keepdim=True)
+    if synchronize:
+        count = sum_over_processes(count)
+    several = _Moments.apply if fused.applies() else _moments
+    mean, var = several(x, keep, count.clamp(min=1), dims, center, synchronize)
+    return Moments(mean, var, count)
 
-    keep = torch.ones_like(x[..., :1], dtype=torch.bool) if mask_BT is None else mask_BT.unsqueeze(-1)
-    x = torch.where(keep, x, 0)
-    count = keep.to(x.dtype).sum(dims, keepdim=True)
-    total = x.sum(dims, keepdim=True)
-    if synchronize:
-        count, total = sum_over_processes(count), sum_over_processes(total)
-    divisor = count.clamp(min=1)
-    mean = total / divisor if center else torch.zeros_like(total)
-    square = torch.where(keep, x - mean, 0).square().sum(dims, keepdim=True)
-    if synchronize:
-        square = sum_over_processes(square)
-    return Moments(mean, square / divisor, count)
+
+def _moments(
+    x: Tensor, keep: Tensor | None, divisor: Tensor, dims: tuple[int, ...], center: bool, synchronize: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of `x`, which is 0 wherever `keep` is 0."""
+
+    def total(values: Tensor) -> Tensor:
+        summed = values.sum(dims, keepdim=True)
+        return sum_over_processes(summed) if synchronize else summed
+
+    if not center:
+        var = total(x.square()) / divisor
+        return torch.zeros_like(var), var
+    mean = total(x) / divisor
+    deviation = x - mean if keep is None else (x - mean) * keep
+    return mean, total(deviation.square()) / divisor
+
+
+class _Moments(torch.autograd.Function):
+    """`_moments`, of which backward needs no more than `x` and the mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor | None, divisor: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+        mean, var = _moments(x, keep, divisor, *how)
+        ctx.save_for_backward(x, keep, divisor, mean)
+        _, ctx.center, ctx.synchronize = how
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, keep, divisor, mean = ctx.saved_tensors
+        both = torch.stack(grads) / divisor
+        d_mean, d_var = sum_over_processes(both) if ctx.synchronize else both
+        # The deviations sum to 0, so the variance does not feel the mean move.
+        d_x = torch.addcmul(d_mean, x - mean, 2 * d_var) if ctx.center else x * (2 * d_var)
+        return d_x if keep is None else d_x * keep, None, None, None, None, None
 
 
 def grouped_moments(
@@ -174,8 +198,11 @@ def _cumulative_moments(x: Tensor, keep_BT1: Tensor, carry: Prefix | None) -> Mo
     if carry is not None:
         pivot = torch.where(carry.count > 0, carry.mean, pivot)
     pivot = pivot.detach()
+    if carry is None and fused.applies():
+        mean, var = _CumulativeMoments.apply(x, keep_BT1, pivot, count.clamp(min=1))
+        return Moments(mean, var, count)
     deviation = (x - pivot) * keep_BT1
-    first, second = deviation.cumsum(1), deviation.square().cumsum(1)
+    first, second = fused.running_sum(deviation), fused.running_sum(deviation.square())
     if carry is not None:
         before = carry.mean - pivot
         count = count + carry.count
@@ -188,12 +215,43 @@ def _cumulative_moments(x: Tensor, keep_BT1: Tensor, carry: Prefix | None) -> Mo
     return Moments(pivot + shift, var.clamp(min=0), count)
 
 
+class _CumulativeMoments(torch.autograd.Function):
+    """Mean and variance of all up to each time step, as `_cumulative_moments` has them; `divisor` is their number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, keep: Tensor, pivot: Tensor, divisor: Tensor) -> tuple[Tensor, Tensor]:
+        deviation = (x - pivot).mul_(keep)
+        shift = fused.running_sum(deviation).div_(divisor)
+        second = fused.running_sum(deviation.square_())
+        var = torch.addcmul(second / divisor, shift, shift, value=-1)
+        # The last sum is the largest. Elsewhere than on a CPU, looking would wait for the device.
+        ctx.overflown = second.device.type != "cpu" or not bool(second[:, -1].isfinite().all())
+        if ctx.overflown:
+            var = torch.where(second.isfinite(), var, torch.finfo(x.dtype).max)
+        var.clamp_(min=0)
+        mean = shift.add_(pivot)
+        ctx.save_for_backward(x, keep, pivot, divisor, mean, var)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, keep, pivot, divisor, mean, var = ctx.saved_tensors
+        d_mean, d_var = grads
+        d_second = d_var / divisor
+        if ctx.overflown:  # nothing is felt of a variance that was put there
+            d_second = torch.where(var < torch.finfo(var.dtype).max, d_second, 0)
+        d_first = torch.addcmul(d_mean / divisor, mean - pivot, d_second, value=-2)
+        later_first, later_second = (fused.running_sum(value, reverse=True) for value in (d_first, d_second))
+        return torch.addcmul(later_first, x - pivot, later_second, value=2) * keep, None, None, None
+
+
 def prefix_moments(
     x_BTF: Tensor, mask_BT: Tensor | None, over_batch: bool, carry: Prefix | None, *, center: bool = True
 ) -> tuple[Moments, Prefix]:
     """Moments of everything up to and including each column: causal, cumulative over time.
 
     Args:
+        x_BTF: finite at padding (see `zero_padding`).
         over_batch: pool the rows of all processes too (mean 1 x T x F), else one set per row (mean B x T x F).
         center: as in `moments`; False needs `over_batch`, whose pooling adds the rows' own means back.
         carry: what came before `x_BTF`; None for nothing.
@@ -201,7 +259,7 @@ def prefix_moments(
     Returns:
         The moments and the carry for the columns to come.
     """
-    x = zero_padding(for_statistics(x_BTF), mask_BT)
+    x = for_statistics(x_BTF)
     keep_BT1 = torch.ones_like(x[..., :1]) if mask_BT is None else mask_BT.unsqueeze(-1).to(x.dtype)
     if carry is not None and x.shape[1] == 1:
         per_row = _next_moments(x, keep_BT1, carry)

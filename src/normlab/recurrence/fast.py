@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normlab.machine.products import Product, input_gradient, product, weight_gradient
 from normlab.norms.base import Norm, Step
 from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.norms.bn import BatchNorm
@@ -44,7 +45,6 @@ from normlab.norms.moments import Moments, several_processes
 from normlab.norms.none import NoNorm
 from normlab.norms.rms import RMSNorm
 from normlab.recurrence import cuda, kernels, reference
-from normlab.recurrence.products import Product, product
 from normlab.recurrence.reference import SEGMENT, SiteCarry, SiteNorms, Weights
 
 __all__ = ["engine", "lstm_layer", "never_for", "not_now_for", "recomputes"]
@@ -566,7 +566,7 @@ class _Layer:
     def d_input(self, d_projected_SBG: Tensor) -> Tensor:
         if self.weight_GI is None:
             return d_projected_SBG
-        d_x_NI = product(d_projected_SBG.flatten(0, 1), self.weight_GI.t())
+        d_x_NI = input_gradient(d_projected_SBG.flatten(0, 1), self.weight_GI)
         return d_x_NI.view(*d_projected_SBG.shape[:2], -1)
 
     def d_parameters(
@@ -581,8 +581,8 @@ class _Layer:
         x_NI, before_NH = self.x_TBI[part].flatten(0, 1), before_SBH.flatten(0, 1)
         parts = [gradients.d_bias, *(parts for site in tape.sites for parts in (site.d_weight, site.d_bias))]
         return [
-            _weight_gradient(gradients.d_projected.flatten(0, 1), x_NI) if needs[2] else None,
-            _weight_gradient(gradients.d_product.flatten(0, 1), before_NH) if needs[3] else None,
+            weight_gradient(gradients.d_projected.flatten(0, 1), x_NI) if needs[2] else None,
+            weight_gradient(gradients.d_product.flatten(0, 1), before_NH) if needs[3] else None,
             *(None if values is None else values.sum(0) for values in parts),
         ]
 
@@ -730,10 +730,6 @@ def _through_time(tape: _Tape, gradients: _Gradients, recurrent: Product, d_next
         d_next = recurrent(gradients.d_product[time])
     assert d_next is not None
     return d_next
-
-
-def _weight_gradient(d_y_NG: Tensor, x_NI: Tensor) -> Tensor:
-    return product(x_NI.t(), d_y_NG.t()).t()
 
 
 def lstm_layer(

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from normlab.machine.products import Product, weight_gradient
 from normlab.norms.base import Step
 from normlab.norms.moments import Moments
 from normlab.recurrence import fast, kernels, reference
 from normlab.recurrence.fast import BATCH, NONE, ROWS, never_for
-from normlab.recurrence.products import Product, product
 from normlab.recurrence.reference import Activation, SiteCarry, SiteNorms, Weights, project
 
 __all__ = ["engine", "gru_layer", "never_for", "not_now_for", "recomputes", "rnn_layer"]
@@ -165,7 +165,7 @@ class _Recurrence(torch.autograd.Function):
             d_weight_GH = None
             if ctx.needs_input_grad[2]:
                 before_NH = torch.cat([h_BH.unsqueeze(0), output[:-1]]).flatten(0, 1)
-                d_weight_GH = product(before_NH.t(), gradients.d_product.flatten(0, 1).t()).t()
+                d_weight_GH = weight_gradient(gradients.d_product.flatten(0, 1), before_NH)
             totals = (gradients.d_bias, site.d_weight, site.d_bias)
             d_bias, d_weight, d_site_bias = (None if total is None else total.sum(0) for total in totals)
         results = [d_projected, d_weight_GH, d_bias, d_next + gradients.d_h, d_weight, d_site_bias]

@@ -14,7 +14,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from normlab.machine import cache
 
 __all__ = ["Sequence", "Site", "absence", "compiler", "find", "left_out", "load", "worth_building"]
 
@@ -172,23 +173,16 @@ def _place(program: str, flags: tuple[str, ...]) -> Path:
     """Where the shared library of this source, compiler, CPU and `flags` belongs."""
     source = SOURCE.read_bytes()
     version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_SECONDS, check=True).stdout
-    parts = (source, version, program.encode(), " ".join(flags).encode(), _cpu().encode())
+    parts = (source, version, program.encode(), " ".join(flags).encode(), cache.processor().encode())
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    return _cache() / f"lstm-{key}.so"
+    return cache.folder() / f"lstm-{key}.so"
 
 
 def _built(program: str, flags: tuple[str, ...], path: Path) -> Path:
-    """Build the shared library at `path`, or in a new folder for this process if that can not be written; its path."""
+    """Build the shared library at `path`, which it returns."""
     # A warning, so that it is seen where nobody has set up logging: the first step waits for it.
     log.warning("building the LSTM kernels with %s, once on this machine", program)
     began = time.monotonic()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writable = os.access(path.parent, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        path = Path(tempfile.mkdtemp(prefix="normlab-")) / path.name
     # Beside its place and then renamed: another process never sees half a file.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         unlinked, linked = Path(scratch) / "kernels.o", Path(scratch) / "kernels.so"
@@ -202,22 +196,3 @@ def _built(program: str, flags: tuple[str, ...], path: Path) -> Path:
 
 def _run(*command: str) -> None:
     subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True)
-
-
-def _cache() -> Path:
-    """A folder of the user's own, which need not exist."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(root) if root else Path.home() / ".cache") / "normlab"
-    except RuntimeError:  # a user without a home: nothing is there, nor can be put there
-        return Path(os.devnull) / "normlab"
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    names = ("model name", "flags", "Features", "CPU part")
-    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(names)}))

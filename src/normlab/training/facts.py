@@ -12,6 +12,7 @@ import torch
 
 from normlab.config import RunConfig
 from normlab.data.prepared import PreparedText
+from normlab.machine.products import choice
 from normlab.models.recurrent import Recurrent
 from normlab.norms.base import Norm
 from normlab.norms.batch_statistics import BatchStatisticsNorm
@@ -24,6 +25,7 @@ __all__ = [
     "leak_facts",
     "leak_warning",
     "peak_memory_mib",
+    "product_facts",
     "recurrence_facts",
     "site_facts",
     "statistics_rows",
@@ -61,6 +63,14 @@ def recurrence_facts(module: TextModule, trainer: pl.Trainer) -> dict[str, str]:
                 backend, reason = part.backend_choice(trainer.strategy.root_device.type)
             return {"backend": backend, "reason": reason}
     return {}
+
+
+def product_facts(trainer: pl.Trainer) -> dict[str, Any]:
+    """Which matrix products are oneDNN's and why; empty where there is no choice (not on a CPU in float32)."""
+    if trainer.strategy.root_device.type != "cpu" or trainer.precision != "32-true":
+        return {}
+    chosen = choice()
+    return {"onednn": sorted(chosen.onednn), "reason": chosen.reason}
 
 
 def statistics_rows(module: TextModule, batch_size: int, processes: int) -> int | None:

@@ -23,6 +23,7 @@ from rich.console import Console
 from normlab.config import HuggingFaceConfig, InputError, RunConfig, run_id
 from normlab.data.corpora import require_corpus
 from normlab.data.prepared import PreparedText, prepare
+from normlab.machine import products
 from normlab.models.huggingface import require_architecture
 from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
@@ -36,6 +37,7 @@ from normlab.training.facts import (
     leak_facts,
     leak_warning,
     peak_memory_mib,
+    product_facts,
     recurrence_facts,
     site_facts,
     statistics_rows,
@@ -190,8 +192,12 @@ class _Run:
 
     def train(self) -> Outcome:
         """Fit, then evaluate the weights with the best validation loss."""
-        begun_with = self.record.environment().get("kernels") if self.checkpoints.last.exists() else None
-        with one_engine(self.module, self.trainer, begun_with) as on_kernels:
+        # A run that goes on keeps the products and the engine it began with, whatever this machine's are by now.
+        begun = self.record.environment() if self.checkpoints.last.exists() else {}
+        with (
+            products.kept(begun.get("products", {}).get("onednn")),
+            one_engine(self.module, self.trainer, begun.get("kernels")) as on_kernels,
+        ):
             return self._train(on_kernels)
 
     def _train(self, on_kernels: bool | None) -> Outcome:
@@ -295,6 +301,9 @@ class _Run:
             environment["recurrence"] = recurrence
             environment["kernels"] = on_kernels
             self._say("recurrence: {backend} ({reason})".format(**recurrence))
+        chosen = product_facts(self.trainer)
+        if chosen:
+            environment["products"] = chosen
         devices, accumulate = self.config.training.devices, self.config.training.accumulate
         rows = statistics_rows(self.module, self.batch_size, devices)
         if rows is not None:

@@ -1,0 +1,112 @@
+"""Backward passes written by hand are the derivatives, first and second, and equal the plain forms in value.
+
+Shape suffixes: B batch, T time, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from normlab.norms import fused
+from normlab.norms.moments import moments, prefix_moments, zero_padding
+
+B, T, F = 2, 5, 3
+MASK = torch.tensor([[True] * 5, [True, False, True, False, False]])
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def rescaled(*args: Tensor | None) -> Tensor:
+    x, mean, scale, weight, bias = args
+    assert x is not None
+    assert scale is not None
+    return fused.rescale(x, mean, scale, weight, bias)
+
+
+def masked_moments(x: Tensor, dims: tuple[int, ...], center: bool) -> tuple[Tensor, Tensor]:
+    return moments(zero_padding(x, MASK), MASK, dims, center=center)[:2]
+
+
+def masked_prefix(x: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
+    return prefix_moments(zero_padding(x, MASK), MASK, over_batch, None)[0][:2]
+
+
+Case = tuple[Callable[..., Any], tuple[Any, ...]]
+STATISTICS: dict[str, tuple[int, ...]] = {"feature": (1, 1, F), "token": (B, T, 1), "entry": (B, T, F)}
+CASES: dict[str, Case] = {
+    **{
+        f"rescale by {name}{', no mean' * bare}{', no gain' * bare}": (
+            rescaled,
+            (drawn(B, T, F), None if bare else drawn(*shape, seed=1), drawn(*shape, seed=2))
+            + ((None, None) if bare else (drawn(F, seed=3), drawn(F, seed=4))),
+        )
+        for name, shape in STATISTICS.items()
+        for bare in (False, True)
+    },
+    **{
+        f"moments over {dims}, centred {center}": (masked_moments, (drawn(B, T, F), dims, center))
+        for dims in ((0,), (0, 1), (1,))
+        for center in (True, False)
+    },
+    **{f"prefix, over batch {over}": (masked_prefix, (drawn(B, T, F), over)) for over in (True, False)},
+    "running sum": (fused.running_sum, (drawn(B, 18, 2),)),
+    "sum to come": (lambda x: fused.running_sum(x, reverse=True), (drawn(B, 18, 2),)),
+    **{
+        f"local response, window {window}": (fused.local_response, (drawn(B, 2, 4), window, 0.5, 0.75, 1.0))
+        for window in (1, 4, 5, 11)
+    },
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+@every_case
+def test_first_and_second_derivatives(case: Case):
+    function, args = case
+    args = tuple(arg.clone().requires_grad_() if isinstance(arg, Tensor) else arg for arg in args)
+    assert torch.autograd.gradcheck(function, args)
+    assert torch.autograd.gradgradcheck(function, args)
+
+
+@every_case
+def test_equal_to_the_plain_form(case: Case, monkeypatch: pytest.MonkeyPatch):
+    function, args = case
+    found = function(*args)
+    monkeypatch.setattr(fused, "applies", lambda: False)
+    torch.testing.assert_close(found, function(*args))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("steps", [1, 15, 16, 17, 32, 50])
+def test_running_sum_in_blocks(steps: int, reverse: bool):
+    x = drawn(3, steps, 2)
+    expected = x.flip(1).cumsum(1).flip(1) if reverse else x.cumsum(1)
+    torch.testing.assert_close(fused.running_sum(x, reverse=reverse), expected)
+
+
+def test_the_plain_form_where_it_must_serve():
+    x, scale = drawn(B, T, F), drawn(1, 1, F)
+
+    def function(x: Tensor) -> Tensor:
+        return fused.rescale(x, None, scale, None, None)
+
+    assert fused.applies()
+    torch.testing.assert_close(torch.func.jvp(function, (x,), (x,))[1], x * scale)
+    torch.testing.assert_close(torch.func.vmap(function)(x.unsqueeze(1)).squeeze(1), x * scale)
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(x, x))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, x * scale)
+
+
+def test_sums_of_squares_beyond_fp32():
+    x = torch.full((1, 20, 2), 1e30).mul(torch.arange(20).remainder(2).view(1, -1, 1)).requires_grad_()
+    statistics, _ = prefix_moments(x, None, False, None)
+    assert statistics.var.isfinite().all()
+    (grad,) = torch.autograd.grad(statistics.var.rsqrt().nan_to_num(0, 0, 0).sum(), x)
+    assert not grad.isnan().any()
