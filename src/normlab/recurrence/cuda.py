@@ -62,7 +62,8 @@ def failure(device: torch.device) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         return "there is no GPU"
     try:
-        _try_out(device)
+        with _plainly(device):
+            _try_out(device)
     except ImportError:
         reason = "Triton is not installed"
     except Exception as error:
@@ -500,12 +501,10 @@ class Recurrence(torch.autograd.Function):
             if not bare:
                 _normalize_input(tape, projected)
             _forward(tape) if tape.forward_graph is None else tape.forward_graph.replay()
-            # Copies of all that outlives the call: the next replay writes the tape anew.
             for site, own in zip(sites, tape.sites, strict=True):
-                if site.kind == BATCH:
-                    assert own.mean is not None
-                    assert own.spread is not None
-                    site.mean, site.spread = own.mean.clone(), own.spread.clone()
+                # Stored right after the call, before another one uses the tape.
+                site.mean, site.spread = own.mean, own.spread
+            # Copies: the next replay writes the tape anew.
             results = tape.states[1:].clone(), tape.cells[shape.length % len(tape.cells)].clone()
         if kept:
             ctx.lease = lease
