@@ -62,7 +62,7 @@ def test_the_matrix_products_are_recorded_and_kept(tiny_run: Build, monkeypatch:
     monkeypatch.setenv(VARIABLE, "onednn")
     record = train(config)
     assert record.environment()["products"] == {"onednn": sorted(KINDS), "reason": f"{VARIABLE}=onednn"}
-    assert record.checkpoint("last").exists()
+    assert record.checkpoints.joinpath("last.ckpt").exists()
     record.folder.joinpath("outcome.json").unlink()  # as if it had been stopped
     monkeypatch.setenv(VARIABLE, "torch")
     kept = train(config).environment()["products"]
