@@ -165,7 +165,10 @@ def test_the_choice_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build("tanh", "none").backend_choice() == ("fused", "every site is bare")
     assert build("relu", "ln").backend_choice() == ("fast", "C kernels")
     assert build("gru", "lrn").backend_choice() == ("reference", "lrn at hidden_to_hidden has no fast form")
-    monkeypatch.setattr(fast_cells.kernels, "load", lambda dtype: None)
+    recomputing = build("gru", "ln", recompute=True).backend_choice()
+    assert recomputing == ("reference", "recompute is set, on a cpu device")
+    monkeypatch.setattr(fast_cells.kernels, "_libraries", {})
+    monkeypatch.setattr(fast_cells.kernels, "compiler", lambda: None)
     assert build("gru", "ln").backend_choice() == ("reference", "no C compiler that works")
 
 

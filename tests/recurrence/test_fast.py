@@ -318,7 +318,7 @@ class TestBuilding:
             assert fast.engine(norms, torch.float64) == to_come
             with torch.no_grad():
                 without = fast.lstm_layer(x, None, h, c, weights, norms)[0]
-        assert not (tmp_path / "normlab").exists()
+        assert not list((tmp_path / "normlab").glob("*.so"))
         with_gradient = fast.lstm_layer(x, None, h, c, weights, norms)[0]
         assert fast.engine(norms, torch.float64) == "C kernels"
         torch.testing.assert_close(without, with_gradient, **EXACT)
@@ -333,7 +333,7 @@ class TestBuilding:
                 assert fast.engine(norms, torch.float32) == "torch operators: another"
             assert fast.engine(norms, torch.float32) == "torch operators: one reason"
             assert kernels.load(torch.float32) is None
-        assert not (tmp_path / "normlab").exists()
+        assert not list((tmp_path / "normlab").glob("*.so"))
 
     def test_the_line_while_building_is_seen_without_logging_set_up(self, tmp_path: Path) -> None:
         if kernels.compiler() is None:

@@ -81,7 +81,7 @@ def test_what_the_reference_keeps(names: tuple[str, str, str]) -> None:
     states = 4 * 2 * B * H
     projected = 4 * B * length * H if names[0] == "inorm" else 0  # it pools over time
     assert of_layer(reference.lstm_layer, names, length, recompute=True) <= states + projected
-    assert of_layer(reference.lstm_layer, names, length) > 20 * B * length * H
+    assert of_layer(reference.lstm_layer, names, length) > 15 * B * length * H
 
 
 def test_an_input_site_by_itself_adds_its_result() -> None:

@@ -117,9 +117,13 @@ def recomputes(device: torch.device) -> bool:
     return not cuda.takes(device)
 
 
-def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device) -> str:
-    """What does the work of a time step of a call with gradient for these norms, and why not the kernels."""
-    if cuda.takes(device):
+def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device | None = None) -> str:
+    """What does the work of a time step of a call with gradient for these norms, and why not the kernels.
+
+    Args:
+        device: None is a CPU.
+    """
+    if device is not None and cuda.takes(device):
         return "Triton kernels"
     kinds = {_kind(norm) for norm in norms}
     if {ROWS, BATCH} <= kinds:

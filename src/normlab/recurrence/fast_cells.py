@@ -49,7 +49,7 @@ def recomputes(device: torch.device) -> bool:
     return False
 
 
-def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device) -> str:
+def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device | None = None) -> str:
     """What does the work of a time step of a call with gradient."""
     # The input site runs by itself.
     return fast.engine(norms._replace(input_to_hidden=norms.hidden_to_hidden), dtype, device)
