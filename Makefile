@@ -61,9 +61,9 @@ watch: $(READY) ## open the terminal viewer on local runs
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py
 
-bench: $(READY) ## what norms cost in an LSTM (beside torch.nn.LSTM) and in a Transformer (beside ln): results/bench_*.json
+bench: $(READY) ## what norms cost in an LSTM (beside torch.nn.LSTM) and in a Transformer (beside ln): docs/speed.md
 	@$(PY) scripts/bench_recurrence.py $(ARGS)
-	@$(PY) scripts/bench_transformer.py $(ARGS)
+	@$(if $(ARGS),true,$(PY) scripts/bench_transformer.py)
 
 lock: $(READY) ## write constraints.txt anew from what .venv holds
 	@$(PY) -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > constraints.txt

@@ -1,7 +1,16 @@
-"""What a training step of `normlab.LSTM` costs, as a multiple of torch.nn.LSTM's: make bench
+"""What a training step of `normlab.LSTM` costs, beside torch.nn.LSTM and LSTMs as they are usually written: make bench
 
-    python scripts/bench_recurrence.py                 the table, and results/bench_recurrence.json
-    python scripts/bench_recurrence.py --norms all     every norm with a fast form
+    python scripts/bench_recurrence.py                   all three parts below
+    python scripts/bench_recurrence.py --table           ratios to torch.nn.LSTM, by shape, norm and backend
+    python scripts/bench_recurrence.py --sweep           seconds against length and against hidden size
+    python scripts/bench_recurrence.py --profile         where the time of a normalized step goes, on a CPU
+    python scripts/bench_recurrence.py --backends all    also a cell compiled by torch.compile (seconds to minutes)
+    python scripts/bench_recurrence.py --norms all       every norm with a fast form
+    python scripts/bench_recurrence.py --write           measure nothing; pages and figure anew from the result
+
+A part that was measured replaces that part of results/bench_recurrence.json, from which the table of README.md, the
+one of docs/speed.md and docs/bench_recurrence.png are made. With another --result the figure comes beside that file
+and the pages stay. Ctrl-C writes nothing.
 
 A step is forward and backward of one layer, the input as wide as the hidden state. Every measurement is paired with one
 of torch.nn.LSTM right before it, and all variants take turns: what else the machine does then falls on both. A ratio is
@@ -14,127 +23,404 @@ Shape suffixes: B batch, T time, I input features.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import torch
+from benchmarking import (
+    ROOT,
+    Conditions,
+    Parser,
+    Step,
+    as_json,
+    filled,
+    guarded,
+    markdown_table,
+    paired,
+    read_json,
+    sentence,
+    summary,
+    write,
+)
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+from norms_table import BLUE, FAINT, ORANGE, TEXT, WHITE
+from peer_lstms import NORMS as PEER_NORMS
+from peer_lstms import peer
+from recurrence_profile import PARTS, profile
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from torch import nn
 
 import normlab
-from normlab.records.environment import collect_environment
+from normlab.config import InputError
 from normlab.recurrence import kernels
 
-RESULT = Path(__file__).resolve().parent.parent / "results" / "bench_recurrence.json"
+RESULT = ROOT / "results" / "bench_recurrence.json"
+FIGURE = ROOT / "docs" / "bench_recurrence.png"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "speed.md"
+PARTS_OF_RESULT = ("table", "sweep", "profile")
+
 SHAPES = ((32, 100, 256), (64, 100, 512), (32, 35, 650), (20, 100, 1000))
+SWEEP_BATCH, SWEEP_HIDDEN, SWEEP_LENGTH = 32, 256, 50
+LENGTHS = (10, 25, 50, 100, 200, 400, 800)
+HIDDENS = (64, 128, 256, 512, 1024)
+SWEPT = (("ln", "fast"), ("bn_step", "fast"), ("ln", "eager"))
 NORMS = ("none", "ln", "bn_step")
 ALL_NORMS = ("none", "ln", "rms", "gn", "bn", "bn_step")
-BACKENDS = ("fast", "fast without compiler", "reference")
-Step = Callable[[], None]
+BACKENDS = {
+    "fast": "normlab.LSTM",
+    "fast-without-compiler": "without a C compiler",
+    "eager": "eager loop",
+    "jit": "torch.jit loop",
+    "compiled": "torch.compile cell",
+}
+UNASKED = ("fast", "fast-without-compiler", "eager", "jit")
+PROFILE_ROUNDS = 3
+NO_COMPILER = "the bench leaves the kernels out"
+
+Size = tuple[int, int, int]
+Row = dict[str, Any]
+Say = Callable[[str], None]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--norms", nargs="+", default=NORMS, choices=(*ALL_NORMS, "all"))
-    parser.add_argument("--backends", nargs="+", default=BACKENDS, choices=BACKENDS)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, type=shape, help="B,T,H such as 32,100,256")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--result", type=Path, default=RESULT)
-    options = parser.parse_args()
+def main(arguments: Sequence[str]) -> None:
+    """Measure the parts that are asked for, print and write them.
+
+    Raises:
+        InputError: flags that do not go together.
+    """
+    options = parsed(arguments)
     torch.set_num_threads(options.threads)
-    norms = ALL_NORMS if "all" in options.norms else options.norms
-    load_before = os.getloadavg()[0]
-    print(f"{options.threads} threads, load average {load_before:.1f}; ratios to torch.nn.LSTM: median (quartiles)")
-    rows = [row for each in options.shapes for row in measured(each, norms, options.backends, options.rounds)]
-    environment = collect_environment()
-    result = {
-        "unit": "training step (forward and backward), multiple of torch.nn.LSTM's",
-        "threads": options.threads,
-        "load_average": {"before": load_before, "after": os.getloadavg()[0]},
-        "environment": {key: environment[key] for key in ("machine", "cpu", "cores", "platform", "versions", "git")},
-        "compiler": kernels.compiler() is not None,
-        "rows": rows,
+    if "cuda" in options.devices:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
+    result: dict[str, Any] = {
+        "unit": "training step (forward and backward); ratios are multiples of torch.nn.LSTM's",
+        **read_json(options.result),
     }
-    options.result.parent.mkdir(parents=True, exist_ok=True)
-    options.result.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    # No thread of its own that redraws: it would run beside what is measured.
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        for part in [] if options.write else options.parts:
+            task = progress.add_task(part, total=None)
+
+            def say(text: str, part: str = part, task: Any = task) -> None:
+                progress.update(task, description=f"{part}: {text}", refresh=True)
+
+            conditions = Conditions("bench_recurrence.py", arguments, options.devices)
+            rows = []
+            for row in {"table": table, "sweep": sweep, "profile": profiles}[part](options, say):
+                rows.append(row)
+                console.print(line(row), highlight=False, soft_wrap=True)
+            facts = {"precision": options.precision, "tf32": options.tf32, "compiler": kernels.compiler() is not None}
+            result[part] = {**conditions.as_dict(), **facts, "rows": rows}
+            progress.remove_task(task)
+    missing = [part for part in PARTS_OF_RESULT if part not in result]
+    if options.result == RESULT and missing:
+        raise InputError(f"{RESULT.name} has no {missing[0]} yet; measure with --{missing[0]}")
+    show(console, result)
+    write(files(result, options.result))
 
 
-def shape(text: str) -> tuple[int, ...]:
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options; `parts` in the order of PARTS_OF_RESULT, all of them if none is named."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for part in (*PARTS_OF_RESULT, "write"):
+        parser.add_argument(f"--{part}", action="store_true")
+    present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--devices", nargs="+", default=present, choices=("cpu", "cuda"))
+    parser.add_argument("--norms", nargs="+", default=NORMS, choices=(*ALL_NORMS, "all"))
+    parser.add_argument("--backends", nargs="+", default=UNASKED, choices=(*BACKENDS, "all"))
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, type=size, help="B,T,H such as 32,100,256")
+    parser.add_argument("--seconds", type=float, default=40, help="of pairs per shape; at least 3 pairs are taken")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: under torch.autocast")
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 in all products on a GPU, torch.nn.LSTM's too")
+    parser.add_argument("--result", type=lambda text: Path(text).resolve(), default=RESULT)
+    options = parser.parse_args(arguments)
+    options.parts = [part for part in PARTS_OF_RESULT if getattr(options, part)] or list(PARTS_OF_RESULT)
+    options.norms = ALL_NORMS if "all" in options.norms else options.norms
+    options.backends = tuple(BACKENDS) if "all" in options.backends else options.backends
+    if options.threads < 1:
+        parser.error("--threads must be at least 1")
+    if "cuda" in options.devices and not torch.cuda.is_available():
+        parser.error("--devices cuda: torch sees no GPU")
+    if options.tf32 and "cuda" not in options.devices:
+        parser.error("--tf32 is of a GPU; add --devices cuda")
+    if options.write and not options.result.exists():
+        parser.error(f"--write: there is no {options.result.name} yet")
+    return options
+
+
+def size(text: str) -> Size:
     """B, T and H from "B,T,H"."""
-    values = tuple(int(part) for part in text.split(","))
-    if len(values) != 3:
-        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,H")
-    return values
+    try:
+        batch, length, hidden = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not B,T,H") from None
+    if min(batch, length, hidden) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: B, T and H must be at least 1")
+    return batch, length, hidden
 
 
-def measured(size: tuple[int, int, int], norms: Any, backends: Any, rounds: int) -> list[dict[str, Any]]:
-    """The rows of one shape, printed as they come."""
-    batch, length, hidden = size
-    x_TBI = torch.randn(length, batch, hidden, requires_grad=True)
-    base = step_of(nn.LSTM(hidden, hidden), x_TBI)
-    variants = {(norm, backend): variant(norm, backend, hidden, x_TBI) for norm in norms for backend in backends}
-    # The first step of each builds kernels and warms caches; the second grows the heap.
-    for step in (base, *variants.values()) * 2:
-        step()
-    pairs: dict[Any, list[tuple[float, ...]]] = {key: [] for key in variants}
-    for _ in range(rounds):
-        for key, step in variants.items():
-            pairs[key].append((*timed(base), *timed(step)))
-    rows = []
-    for (norm, backend), found in pairs.items():
-        wall = [own / of_base for of_base, _, own, _ in found]
-        low, middle, high = statistics.quantiles(wall, n=4) if len(wall) > 1 else wall * 3
-        row = {
-            "batch": batch, "length": length, "hidden": hidden, "norm": norm, "backend": backend,
-            "ratio": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)],
-            "cpu_ratio": round(statistics.median(own / of_base for _, of_base, _, own in found), 3),
-            "seconds": round(statistics.median(own for _, _, own, _ in found), 4),
-            "base_seconds": round(statistics.median(of_base for of_base, *_ in found), 4),
-            "pairs": rounds,
-        }  # fmt: skip
-        rows.append(row)
-        print(
-            f"{batch:4} {length:4} {hidden:5}  {norm:8} {backend:22} {middle:5.2f} ({low:.2f} to {high:.2f})"
-            f"  cpu {row['cpu_ratio']:.2f}  {row['seconds'] * 1e3:7.0f} ms",
-            flush=True,
-        )
-    return rows
+# Measuring.
 
 
-def variant(norm: str, backend: str, hidden: int, x_TBI: torch.Tensor) -> Step:
-    """A training step of normlab.LSTM with this norm at every site."""
-    kind = "reference" if backend == "reference" else "fast"
-    step = step_of(normlab.LSTM(hidden, hidden, norm=norm, backend=kind), x_TBI)
-    if backend != "fast without compiler":
-        return step
+def table(options: argparse.Namespace, say: Say) -> Iterator[Row]:
+    """Every norm and backend at every shape."""
+    for device in options.devices:
+        pairs = [
+            (norm, backend) for norm in options.norms for backend in options.backends if exists(norm, backend, device)
+        ]
+        for each in options.shapes:
+            yield from measured(each, pairs, device, options.precision, options.seconds, say)
 
-    def without_compiler() -> None:
-        with kernels.left_out("measured without"):
+
+def sweep(options: argparse.Namespace, say: Say) -> Iterator[Row]:
+    """`SWEPT` against length and against hidden size; the fewest pairs, as many sizes do for many pairs."""
+    by_length = [(SWEEP_BATCH, length, SWEEP_HIDDEN) for length in LENGTHS]
+    by_hidden = [(SWEEP_BATCH, SWEEP_LENGTH, hidden) for hidden in HIDDENS]
+    for device in options.devices:
+        for each in dict.fromkeys(by_length + by_hidden):
+            yield from measured(each, SWEPT, device, options.precision, 0, say)
+
+
+def profiles(options: argparse.Namespace, say: Say) -> Iterator[Row]:
+    """Where the time goes, of every norm but none; on a CPU, whose calls return when they are done."""
+    for batch, length, hidden in options.shapes:
+        for norm in options.norms:
+            if norm == "none":
+                continue
+            say(f"{batch} x {length} x {hidden}, {norm}")
+            x_TBI = torch.randn(length, batch, hidden, requires_grad=True)
+            lstm = normlab.LSTM(hidden, hidden, norm=norm, backend="fast")
+            row = {"device": "cpu", "batch": batch, "length": length, "hidden": hidden, "norm": norm}
+            row["engine"] = ": ".join(lstm.backend_choice("cpu"))
+            yield row | profile(step_of(lstm, x_TBI, "fp32"), PROFILE_ROUNDS)
+
+
+def exists(norm: str, backend: str, device: str) -> bool:
+    """Whether there is such a variant; a bare LSTM has no peers but torch's own."""
+    match backend:
+        case "fast-without-compiler":
+            return norm != "none" and device == "cpu" and kernels.compiler() is not None
+        case "jit" | "compiled":
+            return norm in PEER_NORMS
+        case "eager":
+            return norm != "none"
+    return True
+
+
+def measured(
+    shape: Size, pairs: Sequence[tuple[str, str]], device: str, precision: str, seconds: float, say: Say
+) -> Iterator[Row]:
+    """The rows of one shape, one per norm and backend."""
+    batch, length, hidden = shape
+    say(f"{device} {batch} x {length} x {hidden}, warming up")
+    torch.manual_seed(0)
+    x_TBI = torch.randn(length, batch, hidden, device=device, requires_grad=True)
+    base = step_of(nn.LSTM(hidden, hidden, device=device), x_TBI, precision)
+    variants = {pair: variant(*pair, x_TBI, precision) for pair in pairs}
+    steps = {pair: step for pair, (step, _) in variants.items()}
+    where = f"{device} {batch} x {length} x {hidden}"
+    found = paired(base, steps, device, seconds, lambda rounds: say(f"{where}, {rounds} pairs"))
+    for (norm, backend), timings in found.items():
+        row = {"device": device, "batch": batch, "length": length, "hidden": hidden, "norm": norm, "backend": backend}
+        yield row | {"engine": variants[norm, backend][1]} | summary(timings)
+
+
+def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str) -> tuple[Step, str]:
+    """A training step of an LSTM with this norm at every site, and what does the work."""
+    (length, _, hidden), device = x_TBI.shape, x_TBI.device
+    kind = "reference" if backend == "eager" else "fast"
+    lstm = normlab.LSTM(hidden, hidden, norm=norm, backend=kind, device=device)
+    if backend == "jit":
+        return step_of(peer(lstm, norm, length, "jit"), x_TBI, precision), "torch.jit.script"
+    if backend == "compiled":
+        return step_of(peer(lstm, norm, length, "compile"), x_TBI, precision), "torch.compile"
+    step = step_of(lstm, x_TBI, precision)
+    if backend != "fast-without-compiler":
+        with autocast(device.type, precision):
+            return step, ": ".join(lstm.backend_choice(device.type))
+
+    def without_kernels() -> None:
+        with kernels.left_out(NO_COMPILER):
             step()
 
-    return without_compiler
+    with kernels.left_out(NO_COMPILER):
+        return without_kernels, ": ".join(lstm.backend_choice(device.type))
 
 
-def step_of(lstm: nn.LSTM, x_TBI: torch.Tensor) -> Step:
+def autocast(device: str, precision: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
+
+
+def step_of(lstm: nn.Module, x_TBI: torch.Tensor, precision: str) -> Step:
+    """A training step: forward, backward, gradients of weights and input made anew."""
+
     def step() -> None:
         lstm.zero_grad()
         x_TBI.grad = None
-        lstm(x_TBI)[0].sum().backward()
+        with autocast(x_TBI.device.type, precision):
+            out_TBH = lstm(x_TBI)[0]
+        out_TBH.float().sum().backward()
 
     return step
 
 
-def timed(step: Step) -> tuple[float, float]:
-    """Seconds by the clock and of the processor."""
-    wall, processor = time.perf_counter(), time.process_time()
-    step()
-    return time.perf_counter() - wall, time.process_time() - processor
+# Telling.
+
+
+def shape_of(row: Row) -> str:
+    return f"{row['batch']} x {row['length']} x {row['hidden']}"
+
+
+def line(row: Row) -> str:
+    """A row while the others are still to come."""
+    start = f"{row['device']:4} {shape_of(row):16} {row['norm']:8}"
+    if "parts" in row:
+        return f"{start} {'; '.join(f'{name} {text}' for name, text in zip(PARTS, shares(row), strict=True))}"
+    low, high = row["quartiles"]
+    return (
+        f"{start} {row['backend']:22} {row['ratio']:5.2f} ({low:.2f} to {high:.2f})  cpu {row['cpu_ratio']:.2f}"
+        f"  {milliseconds(row['seconds']):>8}  {row['pairs']} pairs"
+    )
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.2g} ms"
+
+
+def shares(row: Row) -> list[str]:
+    """The parts of a profiled step in percent of it."""
+    return [f"{row['parts'][name] / row['seconds_with_clocks']:.0%}" for name in PARTS]
+
+
+def ratios(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of ratios: one row per device, shape and norm, one column per backend."""
+    shown = [backend for backend in BACKENDS if any(row["backend"] == backend for row in part["rows"])]
+    together: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in part["rows"]:
+        together.setdefault((row["device"], shape_of(row), row["norm"]), {})[row["backend"]] = row
+    lines = []
+    for key, of_backend in together.items():
+        base = milliseconds(min(row["base_seconds"] for row in of_backend.values()))
+        cells = ["–" if row is None else _ratio(row) for row in map(of_backend.get, shown)]
+        lines.append([*key, base, *cells])
+    return ["device", "B x T x H", "norm", "torch.nn.LSTM", *(BACKENDS[backend] for backend in shown)], lines
+
+
+def _ratio(row: Row) -> str:
+    low, high = row["quartiles"]
+    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def parts_of_time(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of where the time goes."""
+    lines = [[shape_of(row), row["norm"], milliseconds(row["seconds"]), *shares(row)] for row in part["rows"]]
+    return ["B x T x H", "norm", "step", *PARTS], lines
+
+
+def show(console: Console, result: Mapping[str, Any]) -> None:
+    """The tables, for a terminal."""
+    for name, make in (("table", ratios), ("profile", parts_of_time)):
+        if name in result:
+            header, rows = make(result[name])
+            printed = Table(*header, caption=sentence(result[name]))
+            for row in rows:
+                printed.add_row(*row)
+            console.print(printed)
+
+
+def ratios_block(part: Mapping[str, Any]) -> str:
+    """The block `bench` of the README."""
+    precision = f", {part['precision']}" + ", TF32 allowed" * part["tf32"]
+    return (
+        f"{markdown_table(*ratios(part))}\n\n{sentence(part)} Training steps{precision}: the median over pairs with "
+        "torch.nn.LSTM, quartiles in parentheses."
+    )
+
+
+def profile_block(part: Mapping[str, Any]) -> str:
+    """The block `profile` of docs/speed.md."""
+    return f"{markdown_table(*parts_of_time(part))}\n\n{sentence(part)}"
+
+
+def files(result: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
+    """All that is made of a result, by path: with the committed one the pages too."""
+    made = {path: as_json(result)}
+    if "sweep" in result:
+        made[FIGURE if path == RESULT else path.with_suffix(".png")] = figure(result["sweep"])
+    if path == RESULT:
+        made[README] = filled(README.read_text(encoding="utf-8"), "bench", ratios_block(result["table"])).encode()
+        made[PAGE] = filled(PAGE.read_text(encoding="utf-8"), "profile", profile_block(result["profile"])).encode()
+    return made
+
+
+# The figure.
+
+# Colours, dashes and markers all differ: it reads in grey too.
+CURVES = {
+    ("none", "base"): ("torch.nn.LSTM", TEXT, "-", "o"),
+    ("ln", "fast"): ("normlab.LSTM, ln", BLUE, "-", "s"),
+    ("bn_step", "fast"): ("normlab.LSTM, bn_step", ORANGE, "-", "^"),
+    ("ln", "eager"): ("eager loop, ln", FAINT, "--", "D"),
+}
+
+
+def figure(part: Mapping[str, Any]) -> bytes:
+    """Seconds of a training step against length and hidden size, a row of panels per device, as PNG."""
+    devices = list(dict.fromkeys(row["device"] for row in part["rows"]))
+    with matplotlib.style.context("default"):
+        drawn = Figure(figsize=(9, 3.9 * len(devices)), facecolor=WHITE, layout="constrained")
+        panels = drawn.subplots(len(devices), 2, squeeze=False, sharey="row")
+        for device, (left, right) in zip(devices, panels, strict=True):
+            rows = [row for row in part["rows"] if row["device"] == device]
+            where = part["cpu"] if device == "cpu" else part["machine"]
+            draw(left, [row for row in rows if row["hidden"] == SWEEP_HIDDEN], "length")
+            left.set(xlabel="T, time steps", ylabel=f"training step on {where}")
+            left.set_title(f"batch {SWEEP_BATCH}, hidden size {SWEEP_HIDDEN}", fontsize=10, color=TEXT)
+            draw(right, [row for row in rows if row["length"] == SWEEP_LENGTH], "hidden")
+            right.set(xlabel="H, hidden size")
+            right.set_title(f"batch {SWEEP_BATCH}, {SWEEP_LENGTH} time steps", fontsize=10, color=TEXT)
+            left.legend(frameon=False, fontsize=9, labelcolor=TEXT)
+        written = BytesIO()
+        drawn.savefig(written, dpi=130, format="png", metadata={"Software": None})
+    return written.getvalue()
+
+
+def draw(axes: Axes, rows: Sequence[Row], against: str) -> None:
+    """One panel: medians, with the quartiles as a band."""
+    found = sorted({row[against] for row in rows})
+    for (norm, backend), (label, colour, dashes, marker) in CURVES.items():
+        prefix = "base_" if backend == "base" else ""
+        of_curve = {
+            row[against]: row for row in rows if backend == "base" or (row["norm"], row["backend"]) == (norm, backend)
+        }
+        middle = [of_curve[value][f"{prefix}seconds"] for value in found]
+        low, high = zip(*(of_curve[value][f"{prefix}seconds_quartiles"] for value in found), strict=True)
+        axes.plot(
+            found, middle, color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=1.6, label=label
+        )
+        axes.fill_between(found, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xscale="log", yscale="log")
+    axes.xaxis.set(major_locator=FixedLocator(found), major_formatter=FuncFormatter(lambda x, _: f"{x:.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} s" if y >= 1 else f"{y * 1e3:g} ms"))
+    axes.grid(color="#dfe3e8", linewidth=0.7)
+    axes.tick_params(colors=TEXT, labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))
