@@ -65,9 +65,6 @@ class StepBatchNormCell(LayerNormCell):
 class Loop(nn.Module):
     """A cell over the sequence, with stored statistics for each time step."""
 
-    mean_TS: Tensor
-    var_TS: Tensor
-
     def __init__(self, cell: nn.Module, inputs: int, hidden: int, length: int) -> None:
         super().__init__()
         self.cell = cell
@@ -77,7 +74,8 @@ class Loop(nn.Module):
 
     def forward(self, x_TBI: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         projected = F.linear(x_TBI, self.weight_GI).unbind(0)
-        means, variances = self.mean_TS.unbind(0), self.var_TS.unbind(0)
+        # torch.jit knows the class of buffers, and wants no annotation.
+        means, variances = self.mean_TS.unbind(0), self.var_TS.unbind(0)  # pyright: ignore[reportCallIssue]
         h = torch.zeros(x_TBI.shape[1], self.weight_GI.shape[0] // 4, dtype=x_TBI.dtype, device=x_TBI.device)
         c = h
         outputs: list[Tensor] = []

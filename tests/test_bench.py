@@ -1,0 +1,111 @@
+"""The benchmarks run, their peers are the same mathematics, and the pages say what the results say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import normlab
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[dict[str, ModuleType]]:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    names = ("benchmarking", "bench_recurrence", "bench_transformer", "peer_lstms", "recurrence_profile")
+    yield {name: importlib.import_module(name) for name in names}
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def test_pages_say_what_the_results_say(scripts: dict[str, ModuleType]):
+    recurrence, transformer = scripts["bench_recurrence"], scripts["bench_transformer"]
+    block, read = scripts["benchmarking"].block, scripts["benchmarking"].read_json
+    page, found = (ROOT / "docs" / "speed.md").read_text(), read(recurrence.RESULT)
+    assert block((ROOT / "README.md").read_text(), "bench") == recurrence.ratios_block(found["table"])
+    assert block(page, "profile") == recurrence.profile_block(found["profile"])
+    assert block(page, "transformer") == transformer.page_block(read(transformer.RESULT))
+    assert recurrence.FIGURE.exists()
+    assert found["sweep"]["rows"]
+
+
+@pytest.mark.parametrize("norm", ["ln", "bn_step"])
+def test_the_scripted_peer_is_the_same_lstm(scripts: dict[str, ModuleType], norm: str):
+    torch.manual_seed(0)
+    lstm = normlab.LSTM(5, 4, norm=norm)
+    x_TBI = torch.randn(6, 7, 5)
+    peer = scripts["peer_lstms"].peer(lstm, norm, 6, "jit")
+    found = []
+    for module, weight in ((lstm, "weight_hh_l0"), (peer, "cell.weight_GH")):
+        out = module(x_TBI)[0]
+        (grad,) = torch.autograd.grad(out.square().sum(), [dict(module.named_parameters())[weight]])
+        found.append((out.detach(), grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_a_small_run(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    bench = scripts["bench_recurrence"]
+    monkeypatch.setattr(bench, "LENGTHS", (2, 3))
+    monkeypatch.setattr(bench, "HIDDENS", (4, 8))
+    result = tmp_path / "bench.json"
+    threads = torch.get_num_threads()
+    try:
+        bench.main(
+            ["--shapes", "3,4,8", "--seconds", "0", "--devices", "cpu", "--result", str(result), "--threads", "1"]
+        )
+    finally:
+        torch.set_num_threads(threads)
+    found = json.loads(result.read_text())
+    kinds = {(row["norm"], row["backend"]) for row in found["table"]["rows"]}
+    assert {("none", "fast"), ("ln", "fast"), ("ln", "eager"), ("bn_step", "jit")} <= kinds
+    assert all(row["ratio"] > 0 and row["pairs"] == 3 for row in found["table"]["rows"])
+    for row in found["profile"]["rows"]:
+        assert sum(row["parts"].values()) == pytest.approx(row["seconds_with_clocks"], rel=0.01)
+        assert all(row["parts"][part] > 0 for part in ("recurrent products", "input products", "weight gradients"))
+    assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "torch.jit loop" in capsys.readouterr().out
+
+
+def test_a_small_run_of_the_transformers(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    bench = scripts["bench_transformer"]
+    for name, value in (("ROWS", 2), ("LENGTH", 8), ("WIDTH", 16), ("LAYERS", 1)):
+        monkeypatch.setattr(bench, name, value)
+    result = tmp_path / "bench.json"
+    threads = torch.get_num_threads()
+    try:
+        bench.main(["--norms", "bn", "--seconds", "0", "--result", str(result), "--threads", "1"])
+    finally:
+        torch.set_num_threads(threads)
+    rows = json.loads(result.read_text())["rows"]
+    assert {(row["task"], row["variant"]) for row in rows} == {
+        (task, variant) for task in bench.TASKS for variant in ("bn", bench.TORCH_PRODUCTS)
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--shapes", "3,4"], "'3,4' is not B,T,H"),
+        (["--norms", "lm"], "invalid choice: 'lm'"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--write", "--result", "/nowhere/x.json"], "there is no x.json yet"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys, flags: list[str], said: str
+):
+    monkeypatch.setattr(sys, "argv", ["bench_recurrence.py", *flags])
+    assert scripts["benchmarking"].guarded(scripts["bench_recurrence"].main) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
