@@ -40,9 +40,10 @@ class SiteActivations:
 
     def __init__(self, model: nn.Module) -> None:
         self._sites = {path: _Distribution() for path in model_sites(model)}
-        self._context = watched(model, lambda site, call: self._sites[site.path].add(call.y_BTF, call.mask_BT))
+        self._model = model
 
     def __enter__(self) -> SiteActivations:
+        self._context = watched(self._model, lambda site, call: self._sites[site.path].add(call.y_BTF, call.mask_BT))
         self._context.__enter__()
         return self
 
