@@ -70,7 +70,7 @@ def available_norms() -> tuple[str, ...]:
 def available_probes() -> tuple[str, ...]:
     """Names of all probes: one file each in `normlab/probes/`; torch is not imported to list them."""
     folder = Path(__file__).parent / "probes"
-    infrastructure = {"__init__", "base", "sites"}
+    infrastructure = {"__init__", "base", "listing", "sites"}
     return tuple(sorted(path.stem for path in folder.glob("*.py") if path.stem not in infrastructure))
 
 

@@ -25,7 +25,7 @@ from normlab.data.batches import Batch, Loader, make_loader
 from normlab.data.prepared import PreparedText
 from normlab.models.output import ModelOutput
 
-__all__ = ["Measurement", "Probe", "Subject", "build_probe", "nats_N", "probe_class"]
+__all__ = ["Measurement", "Probe", "Subject", "build_probe", "prediction_nats", "probe_class"]
 
 Row = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Subject:
 
     def place(self, batch: Batch) -> Batch:
         """`batch` on the model's device."""
-        return Batch(*(value if value is None else value.to(self.device) for value in batch))
+        return Batch._make(value if value is None else value.to(self.device) for value in batch)
 
     def outputs(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, ModelOutput]]:
         """Each batch with what the model says of it; in a stateful stream the state is carried from one to the next."""
@@ -160,7 +160,7 @@ def build_probe(name: str, options: Mapping[str, Any]) -> Probe:
     return cls(**options)
 
 
-def nats_N(logits: Tensor, batch: Batch) -> Tensor:
+def prediction_nats(logits: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy of each prediction of a batch, N: of the valid tokens in reading order, or of the texts.
 
     Args:
