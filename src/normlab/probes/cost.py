@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,9 +69,8 @@ class Cost(Probe):
         parameters, buffers = list(model.parameters()), list(model.buffers())
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
         on_gpu = subject.device.type == "cuda"
-        batches = itertools.islice(
-            itertools.cycle(subject.batches("train", self.steps + 1, train=True)), self.steps + 1
-        )
+        taken = subject.batches("train", self.steps + 1, train=True)
+        batches = itertools.islice(itertools.cycle(taken), self.steps + 1)
         backend = _backend(model, subject.device)
         seconds: list[float] = []
         for step, batch in enumerate(batches):
@@ -92,8 +92,7 @@ class Cost(Probe):
         allocated = torch.cuda.max_memory_allocated() if on_gpu else 0
         # Counted in a step of its own: counting takes time.
         with SavedBytes([*parameters, *buffers]) as counted:
-            batch = subject.batches("train", 1, train=True)[0]
-            prediction_nats(model(*batch.model_inputs()).logits, batch).mean()
+            prediction_nats(model(*taken[0].model_inputs()).logits, taken[0]).mean()
             saved = counted.bytes
         own, states = _bytes(parameters), [v for s in optimizer.state.values() for v in s.values()]
         peak = 2 * own + _bytes(buffers) + _bytes([v for v in states if isinstance(v, Tensor)]) + saved
@@ -108,7 +107,7 @@ class Cost(Probe):
         return Measurement(summary, rows)
 
 
-def _bytes(tensors: list[Tensor]) -> int:
+def _bytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

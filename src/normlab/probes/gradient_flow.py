@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -172,7 +172,11 @@ def _transformer_gradients(model: TransformerModel, batch: Batch) -> Tensor:
     """Layers x T."""
     assert batch.targets_BT is not None
     outputs: list[Tensor] = []
-    hooks = [block.register_forward_hook(lambda m, x, y: outputs.append(y)) for block in model.blocks]
+
+    def keep(module: nn.Module, inputs: Any, y_BTF: Tensor) -> None:
+        outputs.append(y_BTF)
+
+    hooks = [block.register_forward_hook(keep) for block in model.blocks]
     logits = model(batch.tokens_BT).logits[:, -1]
     for hook in hooks:
         hook.remove()

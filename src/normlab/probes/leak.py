@@ -64,14 +64,15 @@ class Leak(Probe):
         hook.remove()
         weighted = logits * torch.randn(logits.shape).to(logits.device)
 
-        def size_BT(part: Tensor) -> Tensor:
+        def sizes(part: Tensor) -> Tensor:
+            """Largest gradient of these outputs by the inputs of each row and time step, B x T."""
             (gradient,) = torch.autograd.grad(part.sum(), inputs, retain_graph=True)
             return gradient.abs().amax(-1)
 
-        by_row = size_BT(weighted[0]).amax(1)
+        by_row = sizes(weighted[0]).amax(1)
         leaks = {"row_leak": float(by_row[1:].max() / by_row[0])}
         if subject.is_language_model:
             middle = tokens_BT.shape[1] // 2
-            by_step = size_BT(weighted[:, :middle]).amax(0)
+            by_step = sizes(weighted[:, :middle]).amax(0)
             leaks["future_leak"] = float(by_step[middle:].max() / by_step[:middle].max())
         return leaks

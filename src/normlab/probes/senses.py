@@ -66,10 +66,8 @@ class Senses(Probe):
                 f"{len(pairs)} pairs of wic have targets that this run's corpus knows, and not of both kinds; "
                 "use a run on a larger text, or more --pairs"
             )
-        vectors = _vectors(subject, pairs)
-        rows = [
-            {**site.columns(), **_distances(words_NF, places, same_P)} for site, (words_NF, places) in vectors.items()
-        ]
+        vectors = _vectors(subject, pairs).items()
+        rows = [{**site.columns(), **_distances(words_NF, at_P2, same_P)} for site, (words_NF, at_P2) in vectors]
         summary = site_summary(rows, QUANTITIES)
         summary |= {"pairs_same": int(same_P.sum()), "pairs_different": int((~same_P).sum()), "pairs_unknown": unknown}
         return Measurement(summary, rows)

@@ -71,11 +71,12 @@ class Population:
 class StepStatistics(Probe):
     """Mean and variance of each norm site's input at every time step, over many training texts, in evaluation mode.
 
-    Steps that fewer than a quarter of the texts reach are left out. Distances are averages over features j, relative to the late steps (the last quarter, their mean and variance
-    pooled): mean_distance_t = |mean_tj - mean_j| / sigma_j and std_distance_t = |sigma_tj / sigma_j - 1|. Features
-    that never vary in the late steps are left out. The statistics have settled at the first step from which on both
-    distances stay at or below `tolerance` to the end; a site that has not settled before the late steps, whose own
-    mean they are compared with, counts with all its steps.
+    Steps that fewer than a quarter of the texts reach are left out. Distances are averages over features j, relative
+    to the late steps (the last quarter, their mean and variance pooled): mean_distance_t = |mean_tj - mean_j| /
+    sigma_j and std_distance_t = |sigma_tj / sigma_j - 1|. Features that never vary in the late steps are left out.
+    The statistics have settled at the first step from which on both distances stay at or below `tolerance` to the
+    end; a site that has not settled before the late steps, whose own mean they are compared with, counts with all its
+    steps.
 
     Spreads: std over steps of the means, over the root of the mean variance within a step; std over steps of sigma_tj,
     over its mean. Stored distances: as above, with the values that the norm would use in evaluation at that step in
@@ -129,9 +130,7 @@ class StepStatistics(Probe):
 
     def _texts(self, subject: Subject) -> list[Batch]:
         if self.multiple > 1 and not subject.is_language_model:
-            raise InputError(
-                "--multiple of step_statistics is for language models: other texts have lengths of their own"
-            )
+            raise InputError("--multiple is for language models; the texts of a classifier have lengths of their own")
         text = dataclasses.replace(subject.text, length=subject.text.length * self.multiple)
         stateless = dataclasses.replace(subject.config.data, stream="windows")
         loader = make_loader(text, stateless, "train", train=True, seed=subject.config.seed)
@@ -180,7 +179,7 @@ def _spreads(population: Moments) -> dict[str, float]:
 
 
 def settling_step(rows: list[Row], tolerance: float) -> int:
-    """The first step from which on both distances stay within `tolerance`; the number of steps if that is a late one."""
+    """The first step from which on both distances stay within `tolerance`; all steps if that is a late one."""
     steps = rows[-1]["step"] + 1
     settled = steps
     for row in reversed(rows):
