@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normlab.config import require_choice
 from normlab.models.transformer import FeedForward
 from normlab.probes.base import Measurement, Probe, Row, Subject, site_summary
-from normlab.probes.sites import Call, Site, layer_of, model_sites, watched
+from normlab.probes.sites import Call, Site, layer_of, model_sites, set_norms_training, watched
 
 __all__ = ["ActivationStatistics", "SiteActivations"]
 
@@ -69,22 +70,26 @@ class SiteActivations:
 class ActivationStatistics(Probe):
     """Distribution of the outputs of every norm site, and of what enters the Transformer's activation (`ffn_up`).
 
-    Per site, layer and time step, in evaluation mode: mean, std, p15, p50, p85, saturated (share beyond +-2), active
-    (share above 0: what a ReLU there lets pass).
+    Per site, layer and time step: mean, std, p15, p50, p85, saturated (share beyond +-2), active (share above 0: what
+    a ReLU there lets pass).
 
     Args:
         split: whose texts.
         batches: of the run's batch size.
+        mode: of the norms: eval, or train (with the batch's own statistics; no dropout either way).
     """
 
     split: str = "valid"
     batches: int = 4
+    mode: str = "eval"
 
     def __post_init__(self) -> None:
         self.require_positive("batches")
+        require_choice("mode", self.mode, ("eval", "train"))
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Measurement:
+        set_norms_training(subject.model, self.mode == "train")
         found: dict[tuple[Site, int | None], _Distribution] = {}
 
         def see(site: Site, call: Call) -> None:

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import itertools
 import statistics
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -87,7 +87,8 @@ class Subject:
             yield batch, output
 
 
-class Probe(ABC):
+@dataclass(frozen=True)
+class Probe(metaclass=ABCMeta):
     """One family of quantities. A subclass is a frozen dataclass in a file of its own, and its fields are its options.
 
     Calling it measures: on copies of the models, in evaluation mode, with random numbers of its own. The models
@@ -107,7 +108,7 @@ class Probe(ABC):
 
     @property
     def options(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]  (every subclass is a dataclass)
+        return dataclasses.asdict(self)
 
     def __call__(self, *subjects: Subject) -> Measurement:
         """Measure.
@@ -154,7 +155,7 @@ def probe_class(name: str) -> type[Probe]:
 def build_probe(name: str, options: Mapping[str, Any]) -> Probe:
     """The probe of that name; unknown options raise `InputError`."""
     cls = probe_class(name)
-    known = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    known = [field.name for field in dataclasses.fields(cls)]
     for option in options:
         require_choice(f"option of the probe {name}", option, known)
     return cls(**options)

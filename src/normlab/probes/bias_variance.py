@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class BiasVariance(Probe):
         examples: texts, or tokens of a language model; at least so many as fill whole batches.
     """
 
-    runs = (2, None)
+    runs: ClassVar[tuple[int, int | None]] = (2, None)
     examples: int = 1024
 
     def __post_init__(self) -> None:

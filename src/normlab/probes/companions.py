@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from normlab.config import InputError
 from normlab.data.batches import Batch
-from normlab.norms.base import Norm
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
+from normlab.probes.sites import set_norms_training
 
 __all__ = ["Companions"]
 
@@ -49,9 +49,7 @@ class Companions(Probe):
         size = subject.loader("train", train=True).batch_size
         size = subject.loader("train", train=True).batch_size
         everything = self._examples(subject, max(1, (self.examples or 4 * size) // size))
-        for part in subject.model.modules():
-            if isinstance(part, Norm):
-                part.train()
+        set_norms_training(subject.model)
         assert everything.mask_BT is not None
         count = len(everything.tokens_BT)
         mean = square = torch.zeros((), device=subject.device)

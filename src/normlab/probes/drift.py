@@ -19,9 +19,10 @@ MOVING = ("mean", *(f"p{level}" for level in PERCENTILES))
 
 @dataclass(frozen=True)
 class Drift(Probe):
-    """Change of each norm site's outputs between two checkpoints, on the same validation texts in evaluation mode.
+    """Change of each norm site's outputs between two checkpoints, on the same validation texts.
 
-    Of mean and percentiles |last - first| / std at the first; of std |last / first - 1|. A run keeps "best" (best
+    Norms are in training mode, without dropout: what the layers saw while training, and not what stored statistics
+    that are still at their first values would make of it. Of mean and percentiles |last - first| / std at the first; of std |last / first - 1|. A run keeps "best" (best
     validation loss), "last" and, if its norms store statistics, "final" (best, statistics re-estimated; else the same
     as best); "initial" are the weights it began with, made anew from its seed. What happened in between stands in
     the record's metrics, every `training.activations_every` steps.
@@ -42,7 +43,7 @@ class Drift(Probe):
             require_choice("checkpoint", checkpoint, CHECKPOINTS)
 
     def measure(self, subject: Subject) -> Measurement:
-        statistics = ActivationStatistics(batches=self.batches)
+        statistics = ActivationStatistics(batches=self.batches, mode="train")
 
         def at(checkpoint: str) -> dict[str, Row]:
             model = subject.checkpoint(checkpoint).to(subject.device).eval()

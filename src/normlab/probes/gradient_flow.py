@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +21,8 @@ from normlab.data.batches import Batch
 from normlab.models.lstm import LSTM, LSTMState
 from normlab.models.lstm_model import LSTMModel
 from normlab.models.transformer import TransformerModel
-from normlab.norms.base import Norm
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
-from normlab.probes.sites import layer_of
+from normlab.probes.sites import layer_of, set_norms_training
 
 __all__ = ["GradientFlow", "hidden_gradients"]
 
@@ -53,7 +52,7 @@ class GradientFlow(Probe):
         seed: untrained: of weights and data.
     """
 
-    runs = (0, 1)
+    runs: ClassVar[tuple[int, int | None]] = (0, 1)
     batches: int = 1
     net: str = "lstm"
     norm: str = "bn_step"
@@ -77,9 +76,7 @@ class GradientFlow(Probe):
         model = subject.model
         if not subject.is_language_model or not isinstance(model, LSTMModel | TransformerModel):
             raise InputError("gradient_flow measures language models of ours: the LSTM or the Transformer, or no run")
-        for part in model.modules():
-            if isinstance(part, Norm):
-                part.train()
+        set_norms_training(model)
         stateless = dataclasses.replace(subject.config.data, stream="windows")
         subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, data=stateless))
         batches = subject.batches("train", self.batches, train=True)

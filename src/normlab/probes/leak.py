@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normlab.config import InputError
-from normlab.norms.base import Norm
 from normlab.probes.base import Measurement, Probe, Row, Subject
+from normlab.probes.sites import set_norms_training
 
 __all__ = ["Leak"]
 
@@ -43,9 +43,7 @@ class Leak(Probe):
         rows: list[Row] = []
         summary: dict[str, float] = {}
         for mode in ("train", "eval"):
-            for part in subject.model.modules():
-                if isinstance(part, Norm):
-                    part.train(mode == "train")
+            set_norms_training(subject.model, mode == "train")
             row: Row = {"mode": mode, **self._leaks(subject, tokens_BT)}
             rows.append(row)
             summary |= {f"{name}_{mode}": row[name] for name in row if name != "mode"}

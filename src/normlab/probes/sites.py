@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normlab.models.lstm import LSTM
 from normlab.norms.base import Norm, Step
 
-__all__ = ["Call", "Site", "layer_of", "model_sites", "on_reference", "watched"]
+__all__ = ["Call", "Site", "layer_of", "model_sites", "on_reference", "set_norms_training", "watched"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ def layer_of(path: str) -> int:
     """The layer in a module's path (`lstm.norms.l1.cell`, `blocks.1.ffn_norm`: 1); -1 if there is none."""
     found = re.search(r"(?:^|\.)l?(\d+)(?:_reverse)?(?:\.|$)", path)
     return int(found[1]) if found else -1
+
+
+def set_norms_training(model: nn.Module, training: bool = True) -> None:
+    """Put every norm in training (or evaluation) mode, and nothing else: dropout stays as it is."""
+    for _, norm in model_sites(model).values():
+        norm.train(training)
 
 
 @contextmanager
