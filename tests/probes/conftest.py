@@ -19,7 +19,7 @@ WIC_PAIRS = [
     ("state\t1-0\tthe state of time\tstate of the batch", 1),
     ("mean\t0-1\tmean of norm\tvery mean and bad", 0),
     ("layer\t1-3\ta layer is good\tthe norm of layer state", 1),
-    ("unheard\t0-1\tunheard of\tan unheard norm", 0),
+    ("aloft\t0-1\taloft of\ta aloft norm", 0),
     ("gate\t2-1\tstep and gate\tthe gate was not very good", 0),
 ]
 

@@ -21,11 +21,11 @@ MOVING = ("mean", *(f"p{level}" for level in PERCENTILES))
 class Drift(Probe):
     """Change of each norm site's outputs between two checkpoints, on the same validation texts.
 
-    Norms are in training mode, without dropout: what the layers saw while training, and not what stored statistics
-    that are still at their first values would make of it. Of mean and percentiles |last - first| / std at the first; of std |last / first - 1|. A run keeps "best" (best
-    validation loss), "last" and, if its norms store statistics, "final" (best, statistics re-estimated; else the same
-    as best); "initial" are the weights it began with, made anew from its seed. What happened in between stands in
-    the record's metrics, every `training.activations_every` steps.
+    Of mean and percentiles |last - first| / std at the first; of std |last / first - 1|. Norms are in training mode,
+    without dropout: what the layers saw while training, and not what stored statistics that are still at their first
+    values would make of it. A run keeps "best" (best validation loss), "last" and, if its norms store statistics,
+    "final" (best, statistics re-estimated; else the same as best); "initial" are the weights it began with, made anew
+    from its seed. What happened in between stands in the record's metrics, every `training.activations_every` steps.
 
     Args:
         first: checkpoint.

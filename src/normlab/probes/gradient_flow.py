@@ -21,10 +21,11 @@ from normlab.data.batches import Batch
 from normlab.models.lstm import LSTM, LSTMState
 from normlab.models.lstm_model import LSTMModel
 from normlab.models.transformer import TransformerModel
+from normlab.norms import build_norm
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
 from normlab.probes.sites import layer_of, set_norms_training
 
-__all__ = ["GradientFlow", "hidden_gradients"]
+__all__ = ["GradientFlow", "decay", "hidden_gradients"]
 
 NETS = ("lstm",)
 CLASSES = 10
@@ -34,12 +35,14 @@ CLASSES = 10
 class GradientFlow(Probe):
     """Norms of d loss_T / d h_t, the loss of the last time step by the outputs of a layer at each one before it.
 
-    Norms are taken per example and averaged; a lag is T - t. Norms are in training mode, without dropout. On a run
-    (language models): training windows; of an LSTM h is the last layer's, of a Transformer the outputs of every block;
-    beside them the gradients of the mean loss by the parameters of each layer. Without a run: an untrained net with
-    orthogonal recurrent matrices, zero biases (forget gate: 1) and one layer reads `length` standard normal numbers,
-    and the loss is that of random classes read off its last output (as in figure 1 of Cooijmans et al. 2016, arXiv
-    1603.09025).
+    Norms are taken per example and averaged; a lag is T - t. log10_decay_per_step is the slope of log10 of the norm by
+    lag (least squares): below 0 gradients vanish, above they explode. Norms are in training mode, without dropout.
+
+    On a run (language models): training windows; of an LSTM h is the last layer's, of a Transformer the outputs of
+    every block; beside them the gradients of the mean loss by the parameters of each layer. Without a run: an untrained
+    net with orthogonal recurrent matrices, zero biases (forget gate: 1) and one layer reads `length` standard normal
+    numbers, and the loss is that of random classes read off its last output (after figure 1 of Cooijmans et al. 2016,
+    arXiv 1603.09025).
 
     Args:
         batches: of the run, at its batch size.
@@ -86,7 +89,7 @@ class GradientFlow(Probe):
         top = by_layer_LT.shape[0] if isinstance(model, TransformerModel) else model.lstm.num_layers
         layers = range(top - by_layer_LT.shape[0], top)
         rows = [row for layer, norms_T in zip(layers, by_layer_LT, strict=True) for row in _lag_rows(norms_T, layer)]
-        summary = _decay(by_layer_LT[0])
+        summary = decay(by_layer_LT[0])
         if isinstance(model, TransformerModel):
             total = by_layer_LT.square().sum(-1).sqrt()
             summary |= {f"block_gradient_norm.{layer}": float(value) for layer, value in enumerate(total)}
@@ -108,11 +111,13 @@ class GradientFlow(Probe):
                 cell, x_TBF, None, lambda h, head=head, y=labels_B: F.cross_entropy(head(h), y, reduction="sum")
             )
             suffix = "" if gain is None else f".gain_{gain:g}"
-            summary |= {f"{name}{suffix}": value for name, value in _decay(norms_T).items()}
+            summary |= {f"{name}{suffix}": value for name, value in decay(norms_T).items()}
             rows += [{**row, "gain": gain} for row in _lag_rows(norms_T, 0)]
         return Measurement(summary, rows)
 
     def _cell(self, gain: float | None) -> LSTM:
+        if gain is not None and build_norm(self.norm, self.width).weight is None:
+            raise InputError(f"the norm {self.norm} has no gain to set; add --gain= to the probe {self.name}")
         site = SiteConfig(gain=gain)
         sites = LSTMSites(site, site, site)
         cell = LSTM(1, self.width, norm=self.norm, sites=sites, max_steps=self.length)
@@ -202,13 +207,16 @@ def _lag_rows(norms_T: Tensor, layer: int) -> list[Row]:
     ]
 
 
-def _decay(norms_T: Tensor) -> dict[str, float]:
+def decay(norms_T: Tensor) -> dict[str, float]:
+    """Ends, ratio and slope of the norms at every time step."""
     first, last = float(norms_T[0]), float(norms_T[-1])
-    ratio = first / last if last else math.nan
-    decay = math.log10(ratio) / (len(norms_T) - 1) if ratio > 0 else -math.inf
+    lag_T = torch.arange(len(norms_T), dtype=torch.float64).flip(0)
+    alive = norms_T > 0  # not underflown
+    lag, level = lag_T[alive], norms_T[alive].log10().cpu()
+    deviation = lag - lag.mean()
     return {
         "gradient_norm_first": first,
         "gradient_norm_last": last,
-        "gradient_ratio": ratio,
-        "log10_decay_per_step": decay,
+        "gradient_ratio": first / last if last else math.nan,
+        "log10_decay_per_step": float((deviation * level).sum() / deviation.square().sum()),
     }
