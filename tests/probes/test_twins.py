@@ -98,7 +98,7 @@ def test_population_is_that_of_all_entries_together() -> None:
     entries: dict[int, list[np.ndarray]] = {}
     for _ in range(6):
         x_BTF = torch.randn(5, 7, 3, generator=draw) * 2 + 50
-        mask_BT = torch.arange(7) < torch.randint(5, 8, (5, 1), generator=draw)
+        mask_BT = torch.arange(7) < torch.randint(6, 8, (5, 1), generator=draw)
         x_BTF[~mask_BT] = math.nan
         population.add(x_BTF[:, :4], mask_BT[:, :4], 0)
         for column in range(4, 7):
@@ -271,6 +271,12 @@ def test_losses_with_stored_and_with_batch_statistics(subject: Build) -> None:
         parts = [prediction_nats(of.model(*b.model_inputs()).logits, b).detach() for b in of.batches("valid", 2)]
         assert found[key] == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
     assert found["loss_nats_stored"] != found["loss_nats_batch"]
+
+
+def test_one_statistic_for_all_steps_is_one_row(subject: Build, tiny_labels: Any) -> None:
+    of = subject(model="transformer", model__norm="bn", model__layers=1, data__corpus=str(tiny_labels))
+    found = Discrepancy(batches=2)(of)
+    assert [(row["site"], row["step"]) for row in found.rows] == [("attention", None), ("ffn", None), ("final", None)]
 
 
 def test_norms_that_store_nothing_have_no_discrepancy(subject: Build) -> None:
@@ -483,7 +489,7 @@ def test_loss_by_length_one_token_at_a_time(subject: Build) -> None:
                 output = model(ids[place].view(1, 1), None, state)
                 state = output.state
                 if place >= start + 16:
-                    losses.append(float(F.cross_entropy(output.logits[0], ids[place + 1].view(1))))
+                    losses.append(F.cross_entropy(output.logits[0], ids[place + 1].view(1)).item())
         assert found.summary[f"loss_nats_at_{multiple}x"] == pytest.approx(np.mean(losses), rel=1e-5)
     by_position = [row["loss_nats"] for row in found.rows if row["kind"] == "position"]
     assert len(by_position) == 20
@@ -518,9 +524,9 @@ def test_a_leak_by_finite_differences(subject: Build) -> None:
 
     def weighted(x_BTF: Tensor) -> float:
         hook = model.token_embedding.register_forward_hook(lambda m, i, y: x_BTF)
-        value = (model(tokens).logits * weights)[0].sum()
+        value = (model(tokens).logits * weights)[0].sum().item()
         hook.remove()
-        return float(value)
+        return value
 
     slopes = torch.zeros_like(x)
     for index in itertools.product(*map(range, x.shape)):

@@ -6,6 +6,7 @@ Shape suffixes: B batch, T time, F features.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,23 +89,23 @@ def _summary(rows: list[Row]) -> dict[str, float]:
 
 
 class _Compared:
-    """Sums over batches of both discrepancies, by time step."""
+    """Sums over batches of both discrepancies, by time step; None = one statistic serves all steps."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
-        self._sums: dict[int, tuple[float, float, int]] = {}
+        self._sums: dict[int | None, tuple[float, float, int]] = {}
 
-    def add(self, first: int, mean_T: Tensor, std_T: Tensor, used_T: Tensor) -> None:
+    def add(self, steps: Sequence[int | None], mean_T: Tensor, std_T: Tensor, used_T: Tensor) -> None:
         for column in used_T.nonzero().flatten().tolist():
-            mean, std, count = self._sums.get(first + column, (0.0, 0.0, 0))
-            self._sums[first + column] = (mean + float(mean_T[column]), std + float(std_T[column]), count + 1)
+            mean, std, count = self._sums.get(steps[column], (0.0, 0.0, 0))
+            self._sums[steps[column]] = (mean + float(mean_T[column]), std + float(std_T[column]), count + 1)
 
     def rows(self, site: Site) -> list[Row]:
         return [
             {**site.columns(), "step": step, "discrepancy_mean": mean / count, "discrepancy_std": std / count}
-            for step, (mean, std, count) in sorted(self._sums.items())
+            for step, (mean, std, count) in self._sums.items()
         ]
 
 
@@ -113,21 +114,28 @@ def _comparing(norm: BatchStatisticsNorm, compared: _Compared) -> Any:
 
     def comparing(x: Tensor, mask_BT: Tensor | None, step: Step, carry: Prefix | None) -> Any:
         result = batch_statistics(x, mask_BT, step, carry)
+        batch: Moments = result[0]
+        columns = batch.mean.shape[1]
+        pools_time = norm.pool == "batch_time"
         if isinstance(step, int) or bool((step == step[0]).all()):
-            compared.add(int(step if isinstance(step, int) else step[0]), *_compare(norm, result[0], step, x.shape[1]))
+            first = int(step if isinstance(step, int) else step[0])
+            steps = [None] if pools_time else range(first, first + columns)
+            compared.add(steps, *_compare(norm, batch, *norm.stored(step, columns)))
         return result
 
     return comparing
 
 
-def _compare(norm: BatchStatisticsNorm, batch: Moments, step: Step, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def _compare(
+    norm: BatchStatisticsNorm, batch: Moments, stored_mean: Tensor | None, stored_var: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Both discrepancies per time step, and where there are the 2 entries that a variance takes."""
-    stored_mean, stored_var = norm.stored(step, columns)
+    columns = batch.mean.shape[1]
     sigma = (batch.var + norm.eps).sqrt()
     mean = torch.zeros_like(sigma) if stored_mean is None else (stored_mean - batch.mean).abs() / sigma
     std = ((stored_var + norm.eps).sqrt() / sigma - 1).abs()
-    used_T = (batch.count.expand(-1, columns, -1) > 1).all(-1).all(0)
-    return (*(value.expand(-1, columns, -1).mean((0, 2)) for value in (mean, std)), used_T)  # pyright: ignore[reportReturnType]
+    mean_T, std_T = (value.mean((0, 2)) for value in (mean, std))
+    return mean_T, std_T, (batch.count.expand(-1, columns, -1) > 1).all(-1).all(0)
 
 
 def _loss_nats(subject: Subject, batches: list[Batch]) -> float:
