@@ -209,10 +209,11 @@ def _lag_rows(norms_T: Tensor, layer: int) -> list[Row]:
 
 def decay(norms_T: Tensor) -> dict[str, float]:
     """Ends, ratio and slope of the norms at every time step."""
+    norms_T = norms_T.cpu()
     first, last = float(norms_T[0]), float(norms_T[-1])
     lag_T = torch.arange(len(norms_T), dtype=torch.float64).flip(0)
     alive = norms_T > 0  # not underflown
-    lag, level = lag_T[alive], norms_T[alive].log10().cpu()
+    lag, level = lag_T[alive], norms_T[alive].log10()
     deviation = lag - lag.mean()
     return {
         "gradient_norm_first": first,
