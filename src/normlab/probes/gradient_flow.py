@@ -153,8 +153,6 @@ def hidden_gradients(cell: LSTM, x_TBF: Tensor, state: LSTMState | None, loss_of
         step = x_BF.unsqueeze(1) if cell.batch_first else x_BF.unsqueeze(0)
         _, state = cell(step, state)
         assert state is not None
-        if not state[0].requires_grad:  # nothing before it has parameters
-            state[0].requires_grad_()
         states.append(state[0])
     gradients = torch.autograd.grad(loss_of(states[-1][-1]), states)
     return torch.stack([gradient[-1].double().norm(dim=-1).mean() for gradient in gradients])
