@@ -24,6 +24,7 @@ from normlab.config import (
     OutputConfig,
     RunConfig,
     TrainingConfig,
+    available_probes,
     config_from_dict,
     require_choice,
     run_id,
@@ -40,6 +41,7 @@ usage: python -m normlab COMMAND ...
 commands:
   train   train one run and record it      python -m normlab train --norm ln --model lstm --data pydocs
   show    show the record of a run         python -m normlab show RUN
+  probe   measure on a finished run        python -m normlab probe NAME RUN
 
 python -m normlab COMMAND --help says more; `make` lists what make can do."""
 
@@ -47,7 +49,7 @@ python -m normlab COMMAND --help says more; `make` lists what make can do."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "show": _show}
+    commands = {"train": _train, "show": _show, "probe": _probe}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -87,6 +89,32 @@ def _show(arguments: list[str]) -> int:
     from normlab.records.summary import show
 
     show(RunRecord.open(options.run, options.runs_dir))
+    return 0
+
+
+def _probe(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        from normlab.probes.listing import show_probes
+
+        show_probes()
+        return 0
+    name, *rest = arguments
+    require_choice("probe", name, available_probes())
+    from normlab.probes.base import probe_class
+
+    cls = probe_class(name)
+    parser = ArgumentParser(
+        prog=f"python -m normlab probe {name}", description=cls.__doc__, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument("runs", type=str, nargs="*", help="ids in the runs folder, or folders of records")
+    parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
+    parser.add_class_arguments(cls, as_group=False)
+    options = _parse(parser, rest).as_dict()
+    runs, runs_dir = options.pop("runs"), options.pop("runs_dir")
+    from normlab.probes.listing import show_measurement
+    from normlab.training.probing import run_probe
+
+    show_measurement(run_probe(cls(**options), runs, runs_dir=runs_dir))
     return 0
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "TransformerConfig",
     "TransformerSites",
     "available_norms",
+    "available_probes",
     "check_norm_options",
     "config_from_dict",
     "config_to_dict",
@@ -64,6 +65,13 @@ def available_norms() -> tuple[str, ...]:
     """Names of all norms: one file each in `normlab/norms/`; torch is not imported to list them."""
     folder = Path(__file__).parent / "norms"
     infrastructure = {"__init__", "base", "batch_statistics", "fused", "moments", "recompute"}
+    return tuple(sorted(path.stem for path in folder.glob("*.py") if path.stem not in infrastructure))
+
+
+def available_probes() -> tuple[str, ...]:
+    """Names of all probes: one file each in `normlab/probes/`; torch is not imported to list them."""
+    folder = Path(__file__).parent / "probes"
+    infrastructure = {"__init__", "base", "listing", "sites"}
     return tuple(sorted(path.stem for path in folder.glob("*.py") if path.stem not in infrastructure))
 
 

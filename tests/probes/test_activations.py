@@ -55,7 +55,7 @@ def test_losses_gradients_and_random_state_are_bit_identical(
             if probe:
                 with SiteActivations(model) as activations:
                     loss = model(x_BTF, mask_BT)
-                assert len(activations.summary()) == 2 * 6
+                assert len(activations.summary()) == 2 * 7
             else:
                 loss = model(x_BTF, mask_BT)
             model.zero_grad()
@@ -87,6 +87,7 @@ def test_statistics_are_those_of_the_valid_outputs() -> None:
         "p50": valid.quantile(0.50),
         "p85": valid.quantile(0.85),
         "saturated": (valid.abs() > 2).double().mean(),
+        "active": (valid > 0).double().mean(),
     }
     assert set(summary) == {f"activations/norm/{name}" for name in expected}
     for name, value in expected.items():

@@ -5,6 +5,7 @@
               metrics.jsonl      one row per line: step, seconds and metrics with units in their names
               outcome.json       how the run ended
               statistics_gap.json  running averages against re-estimated statistics, per norm that stores any
+              probes/<name>.json  what a probe measured on the run once it had ended
               checkpoints/       what to resume from
               tokenizer.json     symbols of the corpus
 
@@ -170,6 +171,17 @@ class RunRecord:
     def statistics_gap(self) -> dict[str, Any]:
         """What `write_statistics_gap` wrote: `batches` and `norms`; empty if it was never called."""
         return self._read_json("statistics_gap.json") or {}
+
+    def write_probe(self, name: str, values: Mapping[str, Any]) -> Path:
+        """What the probe `name` measured, in place of what it did before; returns the file."""
+        path = self.folder / "probes" / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        self._write_json(f"probes/{name}.json", values)
+        return path
+
+    def probe(self, name: str) -> dict[str, Any]:
+        """What `write_probe` wrote; empty if it was never called."""
+        return self._read_json(f"probes/{name}.json") or {}
 
     def finish(self, outcome: Outcome) -> None:
         """Write the outcome and give the record free."""

@@ -1,0 +1,117 @@
+"""Time and memory of a training step.
+
+Shape suffixes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from normlab.models.lstm import LSTM
+from normlab.norms.base import GatheredPenalties
+from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
+
+__all__ = ["Cost", "SavedBytes"]
+
+
+class SavedBytes:
+    """Counts what autograd keeps for backward while the context is open: each storage once, `apart` left out."""
+
+    def __init__(self, apart: list[Tensor]) -> None:
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in apart}
+        self._kept: list[Tensor] = []
+        self.bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._kept.append(tensor.detach())  # so that no other storage takes its address
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+        self._kept.clear()
+
+
+@dataclass(frozen=True)
+class Cost(Probe):
+    """Seconds and bytes of one training step: forward, backward and the optimizer (AdamW), in fp32.
+
+    seconds_per_step is the median after one step to warm up. On a CPU peak_bytes is what a step holds at the end of
+    its forward pass (parameters, gradients, optimizer state, buffers, and saved_bytes for backward); on a GPU the
+    most that was allocated. The recurrence's backend stands in the rows.
+
+    Args:
+        steps: timed.
+    """
+
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        self.require_positive("steps")
+
+    def measure(self, subject: Subject) -> Measurement:
+        model = subject.model.train()
+        parameters, buffers = list(model.parameters()), list(model.buffers())
+        optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+        on_gpu = subject.device.type == "cuda"
+        taken = subject.batches("train", self.steps + 1, train=True)
+        batches = itertools.islice(itertools.cycle(taken), self.steps + 1)
+        backend = _backend(model, subject.device)
+        seconds: list[float] = []
+        for step, batch in enumerate(batches):
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            begin = time.perf_counter()
+            with GatheredPenalties(model) as penalties:
+                output = model(*batch.model_inputs())
+            total = penalties.total()
+            loss = prediction_nats(output.logits, batch).mean()
+            (loss if total is None else loss + total).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if step:
+                seconds.append(time.perf_counter() - begin)
+        allocated = torch.cuda.max_memory_allocated() if on_gpu else 0
+        # Counted in a step of its own: counting takes time.
+        with SavedBytes([*parameters, *buffers]) as counted:
+            prediction_nats(model(*taken[0].model_inputs()).logits, taken[0]).mean()
+            saved = counted.bytes
+        own, states = _bytes(parameters), [v for s in optimizer.state.values() for v in s.values()]
+        peak = 2 * own + _bytes(buffers) + _bytes([v for v in states if isinstance(v, Tensor)]) + saved
+        summary = {
+            "seconds_per_step": statistics.median(seconds),
+            "peak_bytes": allocated or peak,
+            "saved_bytes": saved,
+            "parameter_bytes": own,
+            "buffer_bytes": _bytes(buffers),
+        }
+        rows: list[Row] = [{"step": i, "seconds": value, "backend": backend} for i, value in enumerate(seconds)]
+        return Measurement(summary, rows)
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _backend(model: nn.Module, device: torch.device) -> str:
+    """Of the recurrence; empty if there is none."""
+    found = [part.backend_choice(device.type)[0] for part in model.modules() if isinstance(part, LSTM)]
+    return found[0] if found else ""
