@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normlab.data.splits import Corpus
-from normlab.models.lstm import LSTM
+from normlab.models.lstm_model import CELLS
 from normlab.models.transformer import TransformerModel
 from normlab.norms import build_norm
 from normlab.probes.activations import ActivationStatistics
@@ -167,10 +167,10 @@ def test_settling_step_is_the_first_that_all_later_ones_agree_with() -> None:
 # gradient flow
 
 
-@pytest.mark.parametrize("norm", ["none", "ln", "bn_step"])
-def test_gradients_by_restarting_at_every_time_step(norm: str) -> None:
+@pytest.mark.parametrize(("net", "norm"), itertools.product(("lstm", "gru", "rnn_tanh"), ("none", "ln", "bn_step")))
+def test_gradients_by_restarting_at_every_time_step(net: str, norm: str) -> None:
     torch.manual_seed(0)
-    cell = LSTM(2, 5, norm=norm, dtype=torch.float64)
+    cell = CELLS[net](2, 5, norm=norm, dtype=torch.float64)
     x_TBF, head = torch.randn(6, 3, 2, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
 
     def loss_of(h_BH: Tensor) -> Tensor:
@@ -179,11 +179,10 @@ def test_gradients_by_restarting_at_every_time_step(norm: str) -> None:
     found = hidden_gradients(cell, x_TBF, None, loss_of)
     for time in range(6):
         _, state = cell(x_TBF[: time + 1])
-        h = state[0].detach().requires_grad_()
-        last = h
+        h, *rest = (value.detach() for value in state.tensors)
+        last = h.requires_grad_()
         if time < 5:
-            started = type(state)(h, state[1].detach(), state.step)
-            _, (last, _) = cell(x_TBF[time + 1 :], started)
+            last = cell(x_TBF[time + 1 :], state.of([h, *rest], state.step))[1].tensors[0]
         (gradient,) = torch.autograd.grad(loss_of(last[-1]), h)
         assert float(found[time]) == pytest.approx(float(gradient[-1].norm(dim=-1).mean()), rel=1e-9)
 

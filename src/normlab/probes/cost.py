@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from normlab.models.lstm import LSTM
+from normlab.models.recurrent import Recurrent
 from normlab.norms.base import GatheredPenalties
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
 
@@ -113,5 +113,5 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 def _backend(model: nn.Module, device: torch.device) -> str:
     """Of the recurrence; empty if there is none."""
-    found = [part.backend_choice(device.type)[0] for part in model.modules() if isinstance(part, LSTM)]
+    found = [part.backend_choice(device.type)[0] for part in model.modules() if isinstance(part, Recurrent)]
     return found[0] if found else ""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from normlab.config import InputError, LSTMSites, SiteConfig, require_choice
 from normlab.data.batches import Batch
-from normlab.models.lstm import LSTM, LSTMState
-from normlab.models.lstm_model import LSTMModel
+from normlab.models.lstm_model import CELLS, LSTMModel
+from normlab.models.recurrent import Recurrent, RecurrentState
 from normlab.models.transformer import TransformerModel
 from normlab.norms import build_norm
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
@@ -27,7 +27,6 @@ from normlab.probes.sites import layer_of, set_norms_training
 
 __all__ = ["GradientFlow", "decay", "hidden_gradients"]
 
-NETS = ("lstm",)
 CLASSES = 10
 
 
@@ -38,15 +37,15 @@ class GradientFlow(Probe):
     Norms are taken per example and averaged; a lag is T - t. log10_decay_per_step is the slope of log10 of the norm by
     lag (least squares): below 0 gradients vanish, above they explode. Norms are in training mode, without dropout.
 
-    On a run (language models): training windows; of an LSTM h is the last layer's, of a Transformer the outputs of
+    On a run (language models): training windows; of a recurrence h is the last layer's, of a Transformer the outputs of
     every block; beside them the gradients of the mean loss by the parameters of each layer. Without a run: an untrained
-    net with orthogonal recurrent matrices, zero biases (forget gate: 1) and one layer reads `length` standard normal
-    numbers, and the loss is that of random classes read off its last output (after figure 1 of Cooijmans et al. 2016,
-    arXiv 1603.09025).
+    net with orthogonal recurrent matrices, zero biases (forget gate of an LSTM: 1) and one layer reads `length`
+    standard normal numbers, and the loss is that of random classes read off its last output (after figure 1 of
+    Cooijmans et al. 2016, arXiv 1603.09025).
 
     Args:
         batches: of the run, at its batch size.
-        net: untrained: lstm.
+        net: untrained: lstm, gru, rnn_tanh or rnn_relu.
         norm: untrained: at all its sites.
         length: untrained: time steps T.
         width: untrained: hidden units.
@@ -57,7 +56,7 @@ class GradientFlow(Probe):
 
     runs: ClassVar[tuple[int, int | None]] = (0, 1)
     batches: int = 1
-    net: str = "lstm"
+    net: str = "rnn_tanh"
     norm: str = "bn_step"
     length: int = 784
     width: int = 100
@@ -67,7 +66,7 @@ class GradientFlow(Probe):
 
     def __post_init__(self) -> None:
         self.require_positive("batches", "width", "batch")
-        require_choice("net", self.net, NETS)
+        require_choice("net", self.net, CELLS)
         if self.length < 2:
             raise InputError(f"--length of the probe {self.name} is {self.length}; it must be at least 2")
         self._gains()
@@ -115,12 +114,12 @@ class GradientFlow(Probe):
             rows += [{**row, "gain": gain} for row in _lag_rows(norms_T, 0)]
         return Measurement(summary, rows)
 
-    def _cell(self, gain: float | None) -> LSTM:
+    def _cell(self, gain: float | None) -> Recurrent:
         if gain is not None and build_norm(self.norm, self.width).weight is None:
             raise InputError(f"the norm {self.norm} has no gain to set; add --gain= to the probe {self.name}")
         site = SiteConfig(gain=gain)
-        sites = LSTMSites(site, site, site)
-        cell = LSTM(1, self.width, norm=self.norm, sites=sites, max_steps=self.length)
+        sites = LSTMSites(site, site, site) if self.net == "lstm" else LSTMSites(site, site)
+        cell = CELLS[self.net](1, self.width, norm=self.norm, sites=sites, max_steps=self.length)
         with torch.no_grad():
             for name, parameter in cell.named_parameters(recurse=False):
                 if name.startswith("weight_hh"):
@@ -128,7 +127,8 @@ class GradientFlow(Probe):
                         nn.init.orthogonal_(block)
                 elif name.startswith("bias"):
                     parameter.zero_()
-            cast(Tensor, cell.bias_ih_l0)[self.width : 2 * self.width] = 1
+            if self.net == "lstm":
+                cast(Tensor, cell.bias_ih_l0)[self.width : 2 * self.width] = 1
         return cell
 
     def _gains(self) -> list[float | None]:
@@ -140,7 +140,9 @@ class GradientFlow(Probe):
             raise InputError(f"--gain of the probe {self.name} is {self.gain!r}; give numbers, such as 0.1,1") from None
 
 
-def hidden_gradients(cell: LSTM, x_TBF: Tensor, state: LSTMState | None, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+def hidden_gradients(
+    cell: Recurrent, x_TBF: Tensor, state: RecurrentState | None, loss_of: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Mean over rows of |d loss / d h_t|, T, for the last layer's h of every time step.
 
     Args:
@@ -153,7 +155,8 @@ def hidden_gradients(cell: LSTM, x_TBF: Tensor, state: LSTMState | None, loss_of
         step = x_BF.unsqueeze(1) if cell.batch_first else x_BF.unsqueeze(0)
         _, state = cell(step, state)
         assert state is not None
-        states.append(state[0])
+        # A HiddenState is h itself; what `tensors` makes of it is not what the next step starts from.
+        states.append(state if isinstance(state, Tensor) else state.tensors[0])
     gradients = torch.autograd.grad(loss_of(states[-1][-1]), states)
     return torch.stack([gradient[-1].double().norm(dim=-1).mean() for gradient in gradients])
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normlab.models.lstm import LSTM
+from normlab.models.recurrent import Recurrent
 from normlab.norms.base import Norm, Step
 
 __all__ = ["Call", "Site", "layer_of", "model_sites", "on_reference", "set_norms_training", "watched"]
@@ -80,14 +80,14 @@ def set_norms_training(model: nn.Module, training: bool = True) -> None:
 @contextmanager
 def on_reference(model: nn.Module) -> Iterator[None]:
     """Recurrences run on the reference backend, because a fused kernel has no sites to watch."""
-    backends = [(module, module.backend) for module in model.modules() if isinstance(module, LSTM)]
-    for lstm, _ in backends:
-        lstm.backend = "reference"
+    backends = [(module, module.backend) for module in model.modules() if isinstance(module, Recurrent)]
+    for recurrent, _ in backends:
+        recurrent.backend = "reference"
     try:
         yield
     finally:
-        for lstm, backend in backends:
-            lstm.backend = backend
+        for recurrent, backend in backends:
+            recurrent.backend = backend
 
 
 @contextmanager
