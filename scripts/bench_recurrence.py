@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib.style
@@ -53,6 +54,7 @@ from norms_table import BLUE, FAINT, ORANGE, TEXT, WHITE
 from peer_lstms import NORMS as PEER_NORMS
 from peer_lstms import peer
 from recurrence_profile import PARTS, profile
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -71,6 +73,7 @@ SHAPES = ((32, 100, 256), (64, 100, 512), (32, 35, 650), (20, 100, 1000))
 SWEEP_BATCH, SWEEP_HIDDEN, SWEEP_LENGTH = 32, 256, 50
 LENGTHS = (10, 25, 50, 100, 200, 400, 800)
 HIDDENS = (64, 128, 256, 512, 1024)
+SWEEP_SECONDS = 2.0  # of pairs per size: the small ones get more than the fewest
 SWEPT = (("ln", "fast"), ("bn_step", "fast"), ("ln", "eager"))
 NORMS = ("none", "ln", "bn_step")
 ALL_NORMS = ("none", "ln", "rms", "gn", "bn", "bn_step")
@@ -100,17 +103,21 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(options.threads)
     if "cuda" in options.devices:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
-    result: dict[str, Any] = {
-        "unit": "training step (forward and backward); ratios are multiples of torch.nn.LSTM's",
-        **read_json(options.result),
-    }
+    result: dict[str, Any] = {"unit": "training step (forward and backward); ratios are multiples of torch.nn.LSTM's"}
+    result |= {part: found for part, found in read_json(options.result).items() if part in PARTS_OF_RESULT}
+    parts = [] if options.write else options.parts
+    missing = [part for part in PARTS_OF_RESULT if part not in result and part not in parts]
+    if options.result == RESULT and missing:
+        raise InputError(
+            f"{RESULT.name} has no {missing[0]} yet, which the pages need; measure with --{missing[0]} too"
+        )
     console = Console()
     if not console.is_terminal:
         console.width = 160
     # No thread of its own that redraws: it would run beside what is measured.
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
-        for part in [] if options.write else options.parts:
+        for part in parts:
             task = progress.add_task(part, total=None)
 
             def say(text: str, part: str = part, task: Any = task) -> None:
@@ -124,9 +131,6 @@ def main(arguments: Sequence[str]) -> None:
             facts = {"precision": options.precision, "tf32": options.tf32, "compiler": kernels.compiler() is not None}
             result[part] = {**conditions.as_dict(), **facts, "rows": rows}
             progress.remove_task(task)
-    missing = [part for part in PARTS_OF_RESULT if part not in result]
-    if options.result == RESULT and missing:
-        raise InputError(f"{RESULT.name} has no {missing[0]} yet; measure with --{missing[0]}")
     show(console, result)
     write(files(result, options.result))
 
@@ -186,12 +190,13 @@ def table(options: argparse.Namespace, say: Say) -> Iterator[Row]:
 
 
 def sweep(options: argparse.Namespace, say: Say) -> Iterator[Row]:
-    """`SWEPT` against length and against hidden size; the fewest pairs, as many sizes do for many pairs."""
+    """`SWEPT` against length and against hidden size; few pairs each, as there are many sizes."""
+    seconds = min(options.seconds, SWEEP_SECONDS)
     by_length = [(SWEEP_BATCH, length, SWEEP_HIDDEN) for length in LENGTHS]
     by_hidden = [(SWEEP_BATCH, SWEEP_LENGTH, hidden) for hidden in HIDDENS]
     for device in options.devices:
         for each in dict.fromkeys(by_length + by_hidden):
-            yield from measured(each, SWEPT, device, options.precision, 0, say)
+            yield from measured(each, SWEPT, device, options.precision, seconds, say)
 
 
 def profiles(options: argparse.Namespace, say: Say) -> Iterator[Row]:
@@ -305,7 +310,7 @@ def shares(row: Row) -> list[str]:
     return [f"{row['parts'][name] / row['seconds_with_clocks']:.0%}" for name in PARTS]
 
 
-def ratios(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def ratios(part: Mapping[str, Any], quartiles: bool) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of ratios: one row per device, shape and norm, one column per backend."""
     shown = [backend for backend in BACKENDS if any(row["backend"] == backend for row in part["rows"])]
     together: dict[tuple[str, ...], dict[str, Row]] = {}
@@ -313,15 +318,15 @@ def ratios(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
         together.setdefault((row["device"], shape_of(row), row["norm"]), {})[row["backend"]] = row
     lines = []
     for key, of_backend in together.items():
-        base = milliseconds(min(row["base_seconds"] for row in of_backend.values()))
-        cells = ["–" if row is None else _ratio(row) for row in map(of_backend.get, shown)]
+        base = milliseconds(median(row["base_seconds"] for row in of_backend.values()))
+        cells = ["–" if row is None else _ratio(row, quartiles) for row in map(of_backend.get, shown)]
         lines.append([*key, base, *cells])
     return ["device", "B x T x H", "norm", "torch.nn.LSTM", *(BACKENDS[backend] for backend in shown)], lines
 
 
-def _ratio(row: Row) -> str:
+def _ratio(row: Row, quartiles: bool) -> str:
     low, high = row["quartiles"]
-    return f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})"
+    return f"{row['ratio']:.2f}" + f" ({low:.2f} to {high:.2f})" * quartiles
 
 
 def parts_of_time(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -331,22 +336,23 @@ def parts_of_time(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def show(console: Console, result: Mapping[str, Any]) -> None:
-    """The tables, for a terminal."""
-    for name, make in (("table", ratios), ("profile", parts_of_time)):
+    """The tables, for a terminal: without quartiles, which are in the lines before."""
+    tables = {"table": lambda part: ratios(part, quartiles=False), "profile": parts_of_time}
+    for name, make in tables.items():
         if name in result:
             header, rows = make(result[name])
-            printed = Table(*header, caption=sentence(result[name]))
+            printed = Table(*header, box=SIMPLE, padding=0)
             for row in rows:
                 printed.add_row(*row)
-            console.print(printed)
+            console.print(printed, sentence(result[name]), highlight=False)
 
 
 def ratios_block(part: Mapping[str, Any]) -> str:
     """The block `bench` of the README."""
     precision = f", {part['precision']}" + ", TF32 allowed" * part["tf32"]
     return (
-        f"{markdown_table(*ratios(part))}\n\n{sentence(part)} Training steps{precision}: the median over pairs with "
-        "torch.nn.LSTM, quartiles in parentheses."
+        f"{markdown_table(*ratios(part, quartiles=True))}\n\n{sentence(part)} Training steps{precision}: the median over "
+        "pairs with torch.nn.LSTM, quartiles in parentheses."
     )
 
 
@@ -403,11 +409,11 @@ def draw(axes: Axes, rows: Sequence[Row], against: str) -> None:
     found = sorted({row[against] for row in rows})
     for (norm, backend), (label, colour, dashes, marker) in CURVES.items():
         prefix = "base_" if backend == "base" else ""
-        of_curve = {
-            row[against]: row for row in rows if backend == "base" or (row["norm"], row["backend"]) == (norm, backend)
-        }
-        middle = [of_curve[value][f"{prefix}seconds"] for value in found]
-        low, high = zip(*(of_curve[value][f"{prefix}seconds_quartiles"] for value in found), strict=True)
+        # The base was measured beside every variant: all of its medians count.
+        of_curve = [row for row in rows if backend == "base" or (row["norm"], row["backend"]) == (norm, backend)]
+        at = [[row for row in of_curve if row[against] == value] for value in found]
+        middle = [median(row[f"{prefix}seconds"] for row in here) for here in at]
+        low, high = ([median(row[f"{prefix}seconds_quartiles"][end] for row in here) for here in at] for end in (0, 1))
         axes.plot(
             found, middle, color=colour, linestyle=dashes, marker=marker, markersize=4, linewidth=1.6, label=label
         )

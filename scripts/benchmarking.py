@@ -118,10 +118,11 @@ class Conditions:
 def sentence(conditions: Mapping[str, Any]) -> str:
     """`Conditions` for people."""
     versions, load, git = conditions["versions"], conditions["load_average"], conditions["git"]
+    threads = f"{conditions['threads']} thread{'s' * (conditions['threads'] > 1)}"
     commit = f" at commit {git['commit'][:7]}{' with changes' * git['dirty']}" if git["commit"] else ""
     return (
         f"Measured on {conditions['date']}{commit} with `{conditions['command']}`: {conditions['machine']} "
-        f"({conditions['cpu']}), {conditions['threads']} threads, load average {load['before']:.1f} before and "
+        f"({conditions['cpu']}), {threads}, load average {load['before']:.1f} before and "
         f"{load['after']:.1f} after, Python {versions['python']}, torch {versions['torch']}."
     )
 
@@ -152,7 +153,7 @@ def as_json(result: Mapping[str, Any]) -> bytes:
 
 
 def write(files: Mapping[Path, bytes]) -> None:
-    """Write every file whole or not at all."""
+    """Write each file whole or not at all."""
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside its place and then renamed: Ctrl-C leaves the old one.

@@ -39,8 +39,8 @@ def test_pages_say_what_the_results_say(scripts: dict[str, ModuleType]):
 @pytest.mark.parametrize("norm", ["ln", "bn_step"])
 def test_the_scripted_peer_is_the_same_lstm(scripts: dict[str, ModuleType], norm: str):
     torch.manual_seed(0)
-    lstm = normlab.LSTM(5, 4, norm=norm)
-    x_TBI = torch.randn(6, 7, 5)
+    lstm = normlab.LSTM(5, 4, norm=norm, backend="reference", dtype=torch.float64)
+    x_TBI = torch.randn(6, 7, 5, dtype=torch.float64)
     peer = scripts["peer_lstms"].peer(lstm, norm, 6, "jit")
     found = []
     for module, weight in ((lstm, "weight_hh_l0"), (peer, "cell.weight_GH")):
@@ -48,7 +48,7 @@ def test_the_scripted_peer_is_the_same_lstm(scripts: dict[str, ModuleType], norm
         (grad,) = torch.autograd.grad(out.square().sum(), [dict(module.named_parameters())[weight]])
         found.append((out.detach(), grad))
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-9)
 
 
 def test_a_small_run(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
@@ -72,6 +72,34 @@ def test_a_small_run(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyP
         assert all(row["parts"][part] > 0 for part in ("recurrent products", "input products", "weight gradients"))
     assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "torch.jit loop" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_is_one_line_and_writes_nothing(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
+    bench, result = scripts["bench_recurrence"], tmp_path / "bench.json"
+    flags = ["--table", "--norms", "ln", "--backends", "fast", "--shapes", "2,3,4", "3,3,4", "--seconds", "0"]
+    monkeypatch.setattr(sys, "argv", ["bench_recurrence.py", *flags, "--devices", "cpu", "--result", str(result)])
+    measured = bench.measured
+
+    def interrupted(shape: tuple[int, int, int], *rest: object):
+        if shape == (3, 3, 4):
+            raise KeyboardInterrupt
+        return measured(shape, *rest)
+
+    monkeypatch.setattr(bench, "measured", interrupted)
+    assert scripts["benchmarking"].guarded(bench.main) == 130
+    printed = capsys.readouterr()
+    assert "2 x 3 x 4" in printed.out
+    assert printed.err == "interrupted; nothing was written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_block_is_filled_between_its_markers(scripts: dict[str, ModuleType]):
+    page = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb <!-- y: begin -->\n<!-- y: end -->\n"
+    new = scripts["benchmarking"].filled(page, "x", "| new |")
+    assert new == page.replace("old", "| new |")
+    assert scripts["benchmarking"].block(new, "x") == "| new |"
 
 
 def test_a_small_run_of_the_transformers(
