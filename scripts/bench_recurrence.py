@@ -351,8 +351,8 @@ def ratios_block(part: Mapping[str, Any]) -> str:
     """The block `bench` of the README."""
     precision = f", {part['precision']}" + ", TF32 allowed" * part["tf32"]
     return (
-        f"{markdown_table(*ratios(part, quartiles=True))}\n\n{sentence(part)} Training steps{precision}: the median over "
-        "pairs with torch.nn.LSTM, quartiles in parentheses."
+        f"{markdown_table(*ratios(part, quartiles=True))}\n\n{sentence(part)} Training steps{precision}: the median "
+        "over pairs with torch.nn.LSTM, quartiles in parentheses."
     )
 
 
