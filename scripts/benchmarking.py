@@ -22,8 +22,8 @@ from normlab.records.environment import collect_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 FEWEST_PAIRS = 3
-WARM_UPS = 3
-"""The first step of each variant builds kernels, the second grows the heap; torch.jit optimizes in the third."""
+WARM_UPS = 2
+"""The first step of each variant builds kernels, the second grows the heap."""
 
 Step = Callable[[], None]
 Key = TypeVar("Key", bound=Hashable)
