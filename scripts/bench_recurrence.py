@@ -108,9 +108,7 @@ def main(arguments: Sequence[str]) -> None:
     parts = [] if options.write else options.parts
     missing = [part for part in PARTS_OF_RESULT if part not in result and part not in parts]
     if options.result == RESULT and missing:
-        raise InputError(
-            f"{RESULT.name} has no {missing[0]} yet, which the pages need; measure with --{missing[0]} too"
-        )
+        raise InputError(f"{RESULT.name} has no {missing[0]} yet; measure it too, with --{missing[0]}")
     console = Console()
     if not console.is_terminal:
         console.width = 160
@@ -128,7 +126,8 @@ def main(arguments: Sequence[str]) -> None:
             for row in {"table": table, "sweep": sweep, "profile": profiles}[part](options, say):
                 rows.append(row)
                 console.print(line(row), highlight=False, soft_wrap=True)
-            facts = {"precision": options.precision, "tf32": options.tf32, "compiler": kernels.compiler() is not None}
+            precision = "fp32" if part == "profile" else options.precision
+            facts = {"precision": precision, "tf32": options.tf32, "compiler": kernels.compiler() is not None}
             result[part] = {**conditions.as_dict(), **facts, "rows": rows}
             progress.remove_task(task)
     show(console, result)
@@ -145,7 +144,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--norms", nargs="+", default=NORMS, choices=(*ALL_NORMS, "all"))
     parser.add_argument("--backends", nargs="+", default=UNASKED, choices=(*BACKENDS, "all"))
     parser.add_argument("--shapes", nargs="+", default=SHAPES, type=size, help="B,T,H such as 32,100,256")
-    parser.add_argument("--seconds", type=float, default=40, help="of pairs per shape; at least 3 pairs are taken")
+    parser.add_argument("--seconds", type=float, default=40, help="of pairs per shape of the table; at least 3")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="bf16: under torch.autocast")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 in all products on a GPU, torch.nn.LSTM's too")
@@ -160,6 +159,8 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error("--devices cuda: torch sees no GPU")
     if options.tf32 and "cuda" not in options.devices:
         parser.error("--tf32 is of a GPU; add --devices cuda")
+    if options.write and any(getattr(options, part) for part in PARTS_OF_RESULT):
+        parser.error("--write measures nothing; leave out the other parts")
     if options.write and not options.result.exists():
         parser.error(f"--write: there is no {options.result.name} yet")
     return options

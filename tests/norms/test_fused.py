@@ -108,5 +108,15 @@ def test_sums_of_squares_beyond_fp32():
     x = torch.full((1, 20, 2), 1e30).mul(torch.arange(20).remainder(2).view(1, -1, 1)).requires_grad_()
     statistics, _ = prefix_moments(x, None, False, None)
     assert statistics.var.isfinite().all()
-    (grad,) = torch.autograd.grad(statistics.var.rsqrt().nan_to_num(0, 0, 0).sum(), x)
+    (grad,) = torch.autograd.grad((statistics.var + 1e-5).rsqrt().sum(), x)
     assert not grad.isnan().any()
+
+
+def test_running_sums_know_nothing_of_what_they_do_not_sum():
+    """Step 31 is in a block with steps before it."""
+    x = drawn(2, 40, 3).detach()
+    for far in (1e9, torch.inf):
+        late, early = x.clone(), x.clone()
+        late[:, 31:], early[:, :9] = far, far
+        assert torch.equal(fused.running_sum(late)[:, :31], fused.running_sum(x)[:, :31])
+        assert torch.equal(fused.running_sum(early, reverse=True)[:, 9:], fused.running_sum(x, reverse=True)[:, 9:])

@@ -150,8 +150,11 @@ def _measured(threads: int) -> Choice:
     path = cache.folder() / f"products-{key}.json"
     ratios = _read(path)
     if ratios is None:
-        path.unlink(missing_ok=True)
-        ratios = _first_to_write(path, _measure())
+        try:
+            measured = _measure()
+        except RuntimeError as error:  # torch promises nothing of these operators
+            return Choice(frozenset(), f"oneDNN's products fail here: {str(error).splitlines()[0]}")
+        ratios = _first_to_write(path, measured)
     said = ", ".join(f"{kind} {ratio:.2f}" for kind, ratio in ratios.items())
     return Choice(
         frozenset(kind for kind, ratio in ratios.items() if ratio < _WORTHWHILE),
@@ -176,18 +179,23 @@ def _first_to_write(path: Path, ratios: dict[str, float]) -> dict[str, float]:
         try:
             os.link(whole, path)
         except FileExistsError:
-            return _read(path) or ratios
+            theirs = _read(path)
+            if theirs is not None:
+                return theirs
+            whole.replace(path)  # something else lay there
         except OSError:  # a file system without links
             whole.replace(path)
     return ratios
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def _measure() -> dict[str, float]:
     """oneDNN's time as a multiple of the default's, per kind, at the shapes of a small Transformer and LSTM."""
     N, I, O, rows = 4096, 256, 768, 32  # noqa: E741
     draw = torch.Generator().manual_seed(0)  # not the run's random numbers
-    x, d_y, weight = (torch.randn(shape, generator=draw) for shape in ((N, I), (N, O), (O, I)))
+    shapes = ((N, I), (N, O), (O, I))
+    x, d_y, weight = (torch.randn(shape, generator=draw, dtype=torch.float32, device="cpu") for shape in shapes)
     packed, few = _packed(weight, rows), x[:rows]
     pairs: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
         "forward": (lambda: _onednn(x, weight), lambda: x @ weight.t()),

@@ -26,7 +26,8 @@ class GRU(Recurrent, nn.GRU):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU.
         sites: as `normlab.LSTM`, but a GRU has no c: `cell` stays at its default.
-        norm, norm_options, causal, backend, max_steps: as `normlab.LSTM`.
+        norm, norm_options, causal, max_steps: as `normlab.LSTM`.
+        backend: as `normlab.LSTM`, but "fast" is for a CPU with a C compiler alone.
         recompute: as `normlab.LSTM`, on the plain loop.
 
     Raises:

@@ -218,6 +218,11 @@ class Recurrent(nn.RNNBase):
         obstacle = self.fast.not_now_for(like, *state, weights, norms, 0, there) or self._never_fast()
         return ("reference", obstacle) if obstacle else ("fast", self.fast.engine(norms, weights.hidden.dtype, there))
 
+    def uses_kernels(self) -> bool:
+        """Whether training steps on a CPU run on C kernels where these are built."""
+        norms = self._site_norms(self._suffixes()[0])
+        return self.backend_choice()[0] == "fast" and self.fast.on_kernels(norms)
+
     def _fused(self) -> bool:
         return self.backend == "auto" and self.bare and not self.recompute
 

@@ -25,7 +25,8 @@ class RNN(Recurrent, nn.RNN):
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype:
             as torch.nn.RNN.
         sites: as `normlab.LSTM`, but an RNN has no c: `cell` stays at its default.
-        norm, norm_options, causal, backend, max_steps: as `normlab.LSTM`.
+        norm, norm_options, causal, max_steps: as `normlab.LSTM`.
+        backend: as `normlab.LSTM`, but "fast" is for a CPU with a C compiler alone.
         recompute: as `normlab.LSTM`, on the plain loop.
 
     Raises:

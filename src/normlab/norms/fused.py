@@ -95,8 +95,11 @@ class _RunningSum(torch.autograd.Function):
         for place in order:
             inside[:, :, place] += inside[:, :, place + 1 if reverse else place - 1]
         totals = inside[:, :, 0 if reverse else -1]
-        before = (totals.flip(1).cumsum(1).flip(1) if reverse else totals.cumsum(1)) - totals
-        inside += before.unsqueeze(2)
+        # Of the other blocks alone: what a block holds, taken in and out again, would leave its rounding, or a NaN.
+        if reverse:
+            inside[:, :-1] += totals[:, 1:].flip(1).cumsum(1).flip(1).unsqueeze(2)
+        else:
+            inside[:, 1:] += totals[:, :-1].cumsum(1).unsqueeze(2)
         return y[:, :steps]
 
     @staticmethod

@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from normlab.recurrence.once import differentiated_once
 
 if TYPE_CHECKING:
     from normlab.recurrence.fast import _Site
@@ -56,11 +57,17 @@ def takes(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-@functools.cache
 def failure(device: torch.device) -> str:
     """Why nothing runs here; empty if a small layer does. Says so in the log, once."""
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return _failure(device)
+    if not torch.cuda.is_available():
         return "there is no GPU"
+    return _failure(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
+
+
+@functools.cache
+def _failure(device: torch.device) -> str:
     try:
         with _plainly(device):
             _try_out(device)
@@ -456,12 +463,13 @@ def _affine_gradients(tape: _Tape, gradients: _Gradients, needs: tuple[bool, ...
 
 
 class Recurrence(torch.autograd.Function):
-    """Outputs T x B x H and the last c of a layer; arguments as `_Recurrence` of fast.py."""
+    """Outputs T x B x H and the last c of a layer; arguments as `_Recurrence` of fast.py, whose plan here ends
+    with whether there will be a backward."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        tape_parts: tuple[tuple[_Site, _Site, _Site], Tensor | None, Tensor | None, bool],
+        plan: tuple[tuple[_Site, _Site, _Site], Tensor | None, Tensor | None, bool],
         x_TBI: Tensor,
         weight_GI: Tensor | None,
         weight_GH: Tensor,
@@ -470,7 +478,7 @@ class Recurrence(torch.autograd.Function):
         c_BH: Tensor,
         *affine: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        sites, mask_TB, count_T, kept = tape_parts
+        sites, mask_TB, count_T, kept = plan
         device, dtype = x_TBI.device, weight_GH.dtype
         autocast = torch.is_autocast_enabled(device.type)
         rows, hidden = h_BH.shape
@@ -514,14 +522,13 @@ class Recurrence(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, d_output: Tensor | None, d_last_c: Tensor | None) -> Any:
         if d_output is None and d_last_c is None:
             return (None,) * 13
         x_TBI, weight_GI, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad
         tape: _Tape = ctx.lease.tape
-        with _plainly(x_TBI.device):
+        with torch.no_grad(), _plainly(x_TBI.device):
             gradients = tape.gradients or _Gradients(tape)
             gradients.load(d_output, d_last_c)
             _backward(tape, gradients) if tape.backward_graph is None else tape.backward_graph.replay()
@@ -539,4 +546,5 @@ class Recurrence(torch.autograd.Function):
         # The graph lives as long as the loss does; torch itself then refuses another backward.
         if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
             ctx.lease = None
-        return None, d_x, d_weight_GI, d_weight_GH, d_bias, d_h, d_c, *d_affine
+        results = [d_x, d_weight_GI, d_weight_GH, d_bias, d_h, d_c, *d_affine]
+        return (None, *differentiated_once(results))

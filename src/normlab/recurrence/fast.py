@@ -3,9 +3,9 @@
 On a GPU `lstm_layer` does the same by cuda.py.
 
 The loop over time is left with a matrix product and one call per step, forward and backward: the C kernels of
-kernels.c, or torch operators on the same buffers where they can not be built or where hidden_to_hidden and cell take
-statistics in different directions. The products over all time steps (input projection, gradients of both weights)
-are one each.
+kernels.c, or torch operators on the same buffers where they can not be built, where a call without gradient finds
+nothing built, or where the sites take statistics in different directions. The products over all time steps (input
+projection, gradients of both weights) are one each.
 
 What backward keeps, in multiples of B x T x H, beside the input and the weights: 7 (4 gates, c, tanh of the cell site's
 output, h), and 4, 4 and 1 more where input_to_hidden, hidden_to_hidden and cell are normalized: 16 with a norm at all
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from normlab.machine.products import Product, input_gradient, product, weight_gradient
+from normlab.norms import fused
 from normlab.norms.base import Norm, Step
 from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.norms.bn import BatchNorm
@@ -45,9 +46,10 @@ from normlab.norms.moments import Moments, several_processes
 from normlab.norms.none import NoNorm
 from normlab.norms.rms import RMSNorm
 from normlab.recurrence import cuda, kernels, reference
+from normlab.recurrence.once import differentiated_once
 from normlab.recurrence.reference import SEGMENT, SiteCarry, SiteNorms, Weights
 
-__all__ = ["engine", "lstm_layer", "never_for", "not_now_for", "recomputes"]
+__all__ = ["engine", "lstm_layer", "never_for", "not_now_for", "on_kernels", "recomputes"]
 
 NONE, ROWS, BATCH, STORED = range(4)  # as in kernels.c
 SMALLEST_PARALLEL = 4096
@@ -81,6 +83,8 @@ def not_now_for(
     """
     if torch.compiler.is_compiling():
         return "torch.compile traces the loop"
+    if not fused.applies():
+        return "torch.func or forward-mode differentiation"
     device = device or x_TBI.device
     on_gpu = cuda.takes(device)
     if device.type != "cpu" and not on_gpu:
@@ -112,6 +116,11 @@ def not_now_for(
     return cuda.failure(device) if on_gpu else ""
 
 
+def on_kernels(norms: Sequence[Norm]) -> bool:
+    """Whether the C kernels serve these norms in their present mode."""
+    return not {ROWS, BATCH} <= {_kind(norm) for norm in norms}
+
+
 def recomputes(device: torch.device) -> bool:
     """Whether the layer can take for backward what forward did not keep."""
     return not cuda.takes(device)
@@ -125,8 +134,7 @@ def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device | None = N
     """
     if device is not None and cuda.takes(device):
         return "Triton kernels"
-    kinds = {_kind(norm) for norm in norms}
-    if {ROWS, BATCH} <= kinds:
+    if not on_kernels(norms):
         return "torch operators: the sites take statistics in different directions"
     if absence := kernels.absence(dtype):
         return f"torch operators: {absence}"
@@ -497,20 +505,6 @@ def _threads(tape: _Tape) -> int:
     return torch.get_num_threads() if tape.first_h.numel() >= SMALLEST_PARALLEL else 1
 
 
-class _Once(torch.autograd.Function):
-    """Identity that refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.view_as(gradient) for gradient in gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            'the fast layer has no second derivative; build it with backend="reference", which differentiates twice'
-        )
-
-
 @dataclass
 class _Layer:
     """What the tapes of a sequence's segments have in common.
@@ -692,12 +686,7 @@ class _Recurrence(torch.autograd.Function):
         d_first_h = d_next if mask_TB is None else d_next + d_h
         d_input = None if not d_x else d_x[0] if len(d_x) == 1 else torch.cat(d_x[::-1])
         results = [d_input, *totals[:3], d_first_h, d_cell, *totals[3:]]
-        if torch.is_grad_enabled():
-            given = [place for place, result in enumerate(results) if result is not None]
-            once = _Once.apply(*(results[place].detach().requires_grad_() for place in given))
-            for place, result in zip(given, once, strict=True):
-                results[place] = result
-        return (None, *results)
+        return (None, *differentiated_once(results))
 
 
 def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -1,9 +1,9 @@
 """GRU and RNN on a CPU as one autograd function over the sequence; equal to reference.py within rounding.
 
 As fast.py does it for the LSTM, whose sites, buffers and kernels these share. The input site stands before the loop:
-its norm runs by itself over all time steps, whatever it is. The loop is left with a matrix product and one call per
-step, forward and backward, both in the C of kernels.c. Without a compiler the plain loop does it all: torch operators
-on such buffers took 75 to 103 % of its time.
+its norm runs by itself over all time steps, whatever it is, on torch's own product. The loop is left with a matrix
+product and one call per step, forward and backward, both in the C of kernels.c. Without a compiler the plain loop does
+it all: torch operators on such buffers took 75 to 103 % of its time.
 
 What backward keeps beside what the input site does, in multiples of B x T x H: of an RNN h alone, and 1 more where
 hidden_to_hidden is normalized; of a GRU 5 (3 gates, n's part of the product, h), and 3 more.
@@ -23,9 +23,10 @@ from normlab.norms.base import Step
 from normlab.norms.moments import Moments
 from normlab.recurrence import fast, kernels, reference
 from normlab.recurrence.fast import BATCH, NONE, ROWS, never_for
+from normlab.recurrence.once import differentiated_once
 from normlab.recurrence.reference import Activation, SiteCarry, SiteNorms, Weights, project
 
-__all__ = ["engine", "gru_layer", "never_for", "not_now_for", "recomputes", "rnn_layer"]
+__all__ = ["engine", "gru_layer", "never_for", "not_now_for", "on_kernels", "recomputes", "rnn_layer"]
 
 Cell = Literal["gru", "tanh", "relu"]
 
@@ -42,6 +43,11 @@ def not_now_for(
     if device.type != "cpu" and not torch.compiler.is_compiling():
         return f"the input is not on a CPU but on {device.type}"
     return fast.not_now_for(x_TBI, h_BH, h_BH, weights, norms, step, device) or kernels.absence(h_BH.dtype)
+
+
+def on_kernels(norms: SiteNorms) -> bool:
+    """Whether the C kernels serve these norms in their present mode: the only site in the loop is one."""
+    return True
 
 
 def recomputes(device: torch.device) -> bool:
@@ -169,12 +175,7 @@ class _Recurrence(torch.autograd.Function):
             totals = (gradients.d_bias, site.d_weight, site.d_bias)
             d_bias, d_weight, d_site_bias = (None if total is None else total.sum(0) for total in totals)
         results = [d_projected, d_weight_GH, d_bias, d_next + gradients.d_h, d_weight, d_site_bias]
-        if torch.is_grad_enabled():
-            given = [place for place, result in enumerate(results) if result is not None]
-            once = fast._Once.apply(*(results[place].detach().requires_grad_() for place in given))
-            for place, result in zip(given, once, strict=True):
-                results[place] = result
-        return (None, *results)
+        return (None, *differentiated_once(results))
 
 
 def _tape(

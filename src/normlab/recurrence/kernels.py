@@ -173,7 +173,9 @@ def _place(program: str, flags: tuple[str, ...]) -> Path:
     """Where the shared library of this source, compiler, CPU and `flags` belongs."""
     source = SOURCE.read_bytes()
     version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_SECONDS, check=True).stdout
-    parts = (source, version, program.encode(), " ".join(flags).encode(), cache.processor().encode())
+    # Whether the threads are shared: a torch without GNU's OpenMP gets another library than one with it.
+    shares = str(_share_threads()).encode()
+    parts = (source, version, program.encode(), " ".join(flags).encode(), cache.processor().encode(), shares)
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     return cache.folder() / f"lstm-{key}.so"
 

@@ -179,7 +179,7 @@ def _row_gates_backward(
 
 @triton.jit
 def _column(x, real, feature_1U, unit_1U, time, hidden: tl.constexpr, features, count, statistics, site: tl.constexpr):
-    """`x` normalized; a batch's mean and var are stored. `statistics`: as `Site.statistics` of cuda.py."""
+    """`x` normalized; a batch's mean and var are stored. `statistics`: as `_Statistics.arguments` of cuda.py."""
     mean_ptr, spread_ptr, stored_mean_ptr, stored_scale_ptr, stored_stride = statistics
     exists = unit_1U < hidden
     if site[0] == BATCH:
@@ -223,7 +223,7 @@ def _column_backward(
     return tl.where(real, d_x, 0)
 
 
-# A site, whatever its kind. `site`: as `Site.fixed` of cuda.py.
+# A site, whatever its kind. `site`: the first four of `_Fixed` of cuda.py.
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,8 @@ from normlab.training.facts import recurrence_facts
 from normlab.training.module import TextModule
 
 __all__ = ["one_engine"]
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -28,13 +31,24 @@ def one_engine(module: TextModule, trainer: pl.Trainer, begun_with: bool | None)
         begun_with: what this yielded when the run began; None for a run that begins.
     """
     recurrent = [part for part in module.modules() if isinstance(part, Recurrent)]
-    on_cpu = trainer.strategy.root_device.type == "cpu"
-    if not recurrent or not on_cpu or recurrence_facts(module, trainer)["backend"] != "fast":
+    if not recurrent or trainer.strategy.root_device.type != "cpu":
         yield None
         return
     if begun_with is False:
         with kernels.left_out("as this run began"):
             yield False
+        return
+    with trainer.precision_plugin.forward_context():
+        # The processes are not there yet.
+        alone = trainer.world_size == 1
+        wanted = any(part.uses_kernels() and (alone or not part.mixes_rows) for part in recurrent)
+    if not wanted:
+        # Without a compiler some layers are left to the plain loop: that is another engine too.
+        missing = kernels.absence(torch.float32)
+        reason = recurrence_facts(module, trainer)["reason"]
+        if begun_with:
+            log.warning("this run began on C kernels, which can not be had now; it goes on, with other rounding")
+        yield False if missing and reason == missing else None
         return
     layers = sum(part.num_layers * (2 if part.bidirectional else 1) for part in recurrent)
     updates = trainer.max_steps * trainer.accumulate_grad_batches
@@ -43,4 +57,7 @@ def one_engine(module: TextModule, trainer: pl.Trainer, begun_with: bool | None)
         with kernels.left_out("a run this short is not worth compiling for"):
             yield False
         return
-    yield kernels.load(torch.float32) is not None
+    built = kernels.load(torch.float32) is not None
+    if begun_with and not built:
+        log.warning("this run began on C kernels, which can not be had now; it goes on, with other rounding")
+    yield built

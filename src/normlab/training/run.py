@@ -86,8 +86,7 @@ def train(config: RunConfig) -> RunRecord:
                 console.print(f"this run has ended already{_older(existing)}; --output.fresh true trains it again")
                 return existing
     pl.seed_everything(config.seed, verbose=False)
-    if config.training.threads:
-        torch.set_num_threads(config.training.threads)
+    _set_threads(config.training.threads, config.training.devices)
     try:
         module = TextModule(config, text)
     except (MemoryError, RuntimeError) as error:
@@ -129,6 +128,18 @@ def train(config: RunConfig) -> RunRecord:
 def is_first_process() -> bool:
     """Whether this is the process that writes the record: Lightning and torchrun number theirs in the environment."""
     return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def _set_threads(threads: int, devices: int) -> None:
+    """Threads of this process; 0 leaves them, or gives each of several processes its share.
+
+    Now, and not by Lightning when the processes start: the products that are recorded are those of a number of threads.
+    """
+    if devices > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = threads or max(1, (os.cpu_count() or 1) // devices)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 @dataclass
