@@ -7,7 +7,7 @@ from planted import comparison
 
 from normlab.stats.divergence import divergence_rate
 from normlab.stats.effects import Arm
-from normlab.stats.verdicts import Prediction, judge
+from normlab.stats.verdicts import Prediction, combine, correct, judge
 
 FINE = [0.5, 0.52, 0.51, 0.49, 0.5]
 
@@ -43,3 +43,11 @@ def test_most_runs_diverged(arm: list, control: list, predicted: Prediction, kin
     assert "Fisher" in verdict.why
     assert ("needs 8 seeds at these shares" in verdict.why) == (needed == 8)
     assert ("no number of seeds" in verdict.why) == (kind == "inconclusive" and needed is None)
+
+
+def test_divergence_that_does_not_survive_among_other_claims():
+    few = combine({"lstm": judge(comparison([None] * 5, FINE, diverged_value=-3.0), "worse", 0.02)})
+    among = correct({str(claim): few for claim in range(10)})["0"]
+    assert among.kind == "inconclusive"
+    # At 0.05 / 10: six of six against none is 2 / 924.
+    assert "(Holm: p = 0.079); needs 6 seeds; 5 of 5 runs of ln" in among.why

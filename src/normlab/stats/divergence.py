@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from normlab.stats.effects import ALPHA, Arm, Comparison
+from normlab.stats.effects import ALPHA, Arm
 
 __all__ = ["DivergenceRate", "divergence_decides", "divergence_rate", "p_same_divergence", "seeds_to_separate"]
 
@@ -28,27 +28,26 @@ def divergence_rate(arm: Arm) -> DivergenceRate:
     return DivergenceRate(arm.name, arm.diverged, runs, float(interval.low), float(interval.high))
 
 
-def divergence_decides(comparison: Comparison) -> bool:
+def divergence_decides(control: DivergenceRate, arm: DivergenceRate) -> bool:
     """Whether more than half of the runs of either arm diverged: a mean over stand-in values says nothing then."""
-    return 2 * max(comparison.control.diverged, comparison.arm.diverged) > comparison.seeds
+    return 2 * max(control.diverged, arm.diverged) > arm.runs
 
 
-def p_same_divergence(comparison: Comparison) -> float:
+def p_same_divergence(control: DivergenceRate, arm: DivergenceRate) -> float:
     """Two-sided p-value of "both arms diverge equally often" by Fisher's exact test.
 
     McNemar's test, which knows of the pairs, cannot fall below 2/32 with five seeds; five against none gives 2/252
     here. Seeds that are hard for both arms make Fisher's test err on the side of no difference.
     """
-    return _fisher(comparison.control.diverged, comparison.arm.diverged, comparison.seeds)
+    return _fisher(control.diverged, arm.diverged, arm.runs)
 
 
-def seeds_to_separate(comparison: Comparison, alpha: float = ALPHA, most: int = 200) -> int | None:
-    """Seeds at which the shares that diverged, if they stay as they are, differ significantly; None if above `most`."""
-    seeds = comparison.seeds
-    for more in range(seeds, most + 1):
-        control, arm = (round(one.diverged * more / seeds) for one in (comparison.control, comparison.arm))
-        if _fisher(control, arm, more) <= alpha:
-            return more
+def seeds_to_separate(control: DivergenceRate, arm: DivergenceRate, alpha: float = ALPHA) -> int | None:
+    """Seeds at which the shares that diverged, if they stay as they are, differ at `alpha`; None if above 200."""
+    for seeds in range(arm.runs, 201):
+        counts = [round(rate.diverged * seeds / rate.runs) for rate in (control, arm)]
+        if _fisher(counts[0], counts[1], seeds) <= alpha:
+            return seeds
     return None
 
 

@@ -137,7 +137,17 @@ def bootstrap_t(values_DS: np.ndarray, *levels: float) -> list[tuple[np.ndarray,
     Student's. All resamples are enumerated up to 8 seeds; beyond, 9999 are drawn, always the same: no chance enters.
     scipy.stats.bootstrap has percentile, basic and BCa intervals alone, too narrow for few seeds.
 
-    COVERAGE_TABLE
+    Coverage of the 95 % interval in %, simulated (20,000 data sets at 5 and 8 seeds, 10,000 at 10 and 20), with that of
+    Student's in parentheses; skewed is a gamma distribution of shape 4 (skewness 1). Width is against Student's:
+
+        seeds   normal        skewed        exponential   width
+        5       94.7 (95.0)   94.0 (92.8)   93.3 (88.4)   1.28
+        8       95.1 (95.3)   94.6 (93.5)   93.8 (89.6)   1.06
+        10      95.5 (95.5)   94.8 (93.5)   94.4 (90.4)   1.04
+        20      94.4 (94.6)   94.7 (93.9)   94.6 (92.0)   1.01
+
+    The 90 % interval covers 89.7 to 90.9 % of normal and skewed data. With 5 seeds (4000 data sets, normal and skewed)
+    percentile intervals cover 84.5 and 82.8 %, and widened ones (Hesterberg 2015, arXiv 1411.5279) 92.4 and 91.5 %.
 
     Args:
         values_DS: one row per data set, at least 2 values each.

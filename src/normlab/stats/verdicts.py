@@ -93,9 +93,9 @@ def judge(comparison: Comparison, predicted: Prediction, margin: float) -> Verdi
     if not margin > 0:
         raise ValueError(f"the margin is the smallest effect worth calling one and above 0, got {margin}")
     effects = paired_effects(comparison.differences()[None])
-    by_divergence = divergence_decides(comparison)
-    if by_divergence:
-        finding, p = _divergence_finding(comparison)
+    divergence = divergence_rate(comparison.control), divergence_rate(comparison.arm)
+    if divergence_decides(*divergence):
+        finding, p = _divergence_finding(*divergence)
     else:
         finding_D, p_D = findings(effects, margin)
         finding, p = cast(Finding, str(finding_D[0])), float(p_D[0])
@@ -111,13 +111,12 @@ def judge(comparison: Comparison, predicted: Prediction, margin: float) -> Verdi
         seeds=effects.seeds,
         p=p,
         seeds_needed=None,
-        divergence=(divergence_rate(comparison.control), divergence_rate(comparison.arm)),
+        divergence=divergence,
         why="",
     )
     if finding == "open":
-        needed = seeds_to_separate(comparison) if by_divergence else _seeds_needed(verdict, ALPHA)
-        verdict = replace(verdict, seeds_needed=needed)
-    return replace(verdict, why=_why_divergence(verdict) if by_divergence else _why(verdict))
+        verdict = replace(verdict, seeds_needed=_seeds_needed(verdict, ALPHA))
+    return replace(verdict, why=_why_divergence(verdict) if divergence_decides(*divergence) else _why(verdict))
 
 
 def findings(effects: Effects, margin: float) -> tuple[np.ndarray, np.ndarray]:
@@ -126,14 +125,17 @@ def findings(effects: Effects, margin: float) -> tuple[np.ndarray, np.ndarray]:
     Better (worse): the 95 % interval lies above (below) 0, p <= 0.05 and the mean difference is at least the margin.
     The same: the 90 % interval lies within the margin, and p <= 0.05. Else the matter is open.
 
-    FALSE_TABLE
+    False findings, simulated (5, 8, 10 and 20 seeds, normal and skewed as in `bootstrap_t`). No effect at all, margins
+    down to 0.001 of the spread: one given direction in up to 2.3 % (normal) and 4.2 % (skewed), either in up to 4.4
+    and 5.1 %; fewer with wider margins. An effect of exactly the margin, 5 seeds, is called the same in up to 3.3 %
+    (normal) and, with its long tail away from 0, 5.9 % (skewed).
 
     Returns:
         `Finding`s (D) and p-values (D); for an open matter that of no effect.
     """
     p_D, p_same_D = p_no_effect(effects), p_equivalence(effects, margin)
     effect_D = ((effects.low_D > 0) | (effects.high_D < 0)) & (p_D <= ALPHA) & (np.abs(effects.mean_D) >= margin)
-    same_D = within(effects, margin) & (p_same_D <= ALPHA)
+    same_D = within(effects, margin) & (p_same_D <= ALPHA) & ~effect_D
     named_D = np.where(effect_D, np.where(effects.mean_D > 0, "better", "worse"), np.where(same_D, "same", "open"))
     return named_D, np.where(same_D, p_same_D, p_D)
 
@@ -179,20 +181,26 @@ def _corrected(claim: ClaimVerdict, p: float, claims: int) -> ClaimVerdict:
         return claim
     if p <= ALPHA:
         return replace(claim, p=p)
-    needed = max(_seeds_needed(verdict, ALPHA / claims) for verdict in claim.by_setting.values())
+    needed = [_seeds_needed(verdict, ALPHA / claims) for verdict in claim.by_setting.values()]
     lost = f"{claim.kind} on its own (p = {claim.p:.2g}) but not among {claims} claims (Holm: p = {p:.2g})"
-    return replace(claim, kind="inconclusive", p=p, why=f"{lost}; needs {_count(needed)}; {claim.why}")
+    seeds = f"needs {_count(max(filter(None, needed)))}; " if any(needed) else ""
+    return replace(claim, kind="inconclusive", p=p, why=f"{lost}; {seeds}{claim.why}")
 
 
-def _divergence_finding(comparison: Comparison) -> tuple[Finding, float]:
-    p = p_same_divergence(comparison)
+def _divergence_finding(control: DivergenceRate, arm: DivergenceRate) -> tuple[Finding, float]:
+    p = p_same_divergence(control, arm)
     if p > ALPHA:
         return "open", p
-    return ("better" if comparison.arm.diverged < comparison.control.diverged else "worse"), p
+    return ("better" if arm.diverged < control.diverged else "worse"), p
 
 
-def _seeds_needed(verdict: Verdict, alpha: float) -> int:
-    """Seeds to resolve the margin; if there are as many already, to tell the observed mean from the margin."""
+def _seeds_needed(verdict: Verdict, alpha: float) -> int | None:
+    """Seeds to resolve the margin; if there are as many already, to tell the observed mean from the margin.
+
+    Where divergence decides: to tell the shares that diverged apart; None if no number would.
+    """
+    if divergence_decides(*verdict.divergence):
+        return seeds_to_separate(*verdict.divergence, alpha)
     needed = seeds_needed(verdict.sd, verdict.margin, alpha)
     if needed <= verdict.seeds:
         needed = seeds_needed(verdict.sd, abs(verdict.margin - abs(verdict.effect)), alpha)
