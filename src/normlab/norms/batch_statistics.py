@@ -268,10 +268,15 @@ class BatchStatisticsNorm(Norm, ABC):
         count = moments.count
         return moments._replace(var=moments.var * count / (count - 1).clamp(min=1))
 
-    def move(self, target: Moments, rate_S1: Tensor) -> None:
-        """stored += rate * (target - stored), except where the target is not finite: that would stay for ever."""
-        for stored, value in ((self.running_mean, target.mean), (self.running_var, target.var)):
-            if stored is not None:
+    def move(self, target: Moments, rate_S1: Tensor, sets: slice | None = None) -> None:
+        """stored += rate * (target - stored), except where the target is not finite: that would stay for ever.
+
+        Args:
+            sets: the stored sets that `target` and `rate_S1` are of; None = all of them.
+        """
+        for whole, value in ((self.running_mean, target.mean), (self.running_var, target.var)):
+            if whole is not None:
+                stored = whole if sets is None else whole[sets]
                 # Not (value - stored) * rate alone: at rate 1 that would round.
                 moved = torch.where(rate_S1 == 1, value, stored + (value - stored) * rate_S1)
                 stored.copy_(torch.where(value.isfinite(), moved, stored).view_as(stored))

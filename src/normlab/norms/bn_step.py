@@ -117,12 +117,20 @@ class StepBatchNorm(BatchStatisticsNorm):
 
     def update(self, statistics: Moments, step: Step) -> None:
         # A single row has no variance, so it counts for nothing.
-        new = self.by_slot(statistics, step, 2)
+        columns, sets = len(statistics.mean), None
+        if isinstance(step, int) and step + columns <= self.max_steps:
+            # Each time step has a set of its own, and the other sets need not be looked at.
+            sets = slice(step, step + columns)
+            count = statistics.count * (statistics.count >= 2)
+            new = statistics._replace(count=count.unsqueeze(-1))
+        else:
+            new = self.by_slot(statistics, step, 2)
+        seen = self.seen if sets is None else self.seen[sets]
         # Rows per step, not entries, say how much a slot has learnt: the shared last slot is no more than full.
         largest = statistics.count.max().clamp(min=1)
         share = self.momentum * (new.count / largest).clamp(max=1)
-        self.move(self.unbias(new), torch.where(self.seen.unsqueeze(-1), share, 1.0) * (new.count > 0))
-        self.seen.logical_or_(new.count.squeeze(-1) > 0)
+        self.move(self.unbias(new), torch.where(seen.unsqueeze(-1), share, 1.0) * (new.count > 0), sets)
+        seen.logical_or_(new.count.squeeze(-1) > 0)
 
     def set_stored(self, exact: Moments) -> None:
         super().set_stored(exact)
