@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.config import NormOptions
 from normlab.data.splits import Corpus
 from normlab.models.lstm_model import CELLS
 from normlab.models.transformer import TransformerModel
@@ -167,10 +168,13 @@ def test_settling_step_is_the_first_that_all_later_ones_agree_with() -> None:
 # gradient flow
 
 
-@pytest.mark.parametrize(("net", "norm"), itertools.product(("lstm", "gru", "rnn_tanh"), ("none", "ln", "bn_step")))
+@pytest.mark.parametrize("norm", ["none", "ln", "bn_step", "brn", "pn"])
+@pytest.mark.parametrize("net", ["lstm", "gru", "rnn_tanh"])
 def test_gradients_by_restarting_at_every_time_step(net: str, norm: str) -> None:
     torch.manual_seed(0)
-    cell = CELLS[net](2, 5, norm=norm, dtype=torch.float64)
+    # Fewer updates than time steps: a window is one update.
+    options = NormOptions(warmup=2) if norm in ("brn", "pn") else NormOptions()
+    cell = CELLS[net](2, 5, norm=norm, norm_options=options, dtype=torch.float64)
     x_TBF, head = torch.randn(6, 3, 2, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
 
     def loss_of(h_BH: Tensor) -> Tensor:
@@ -320,6 +324,11 @@ def test_companions_one_draw_after_the_other(subject: Build) -> None:
 @pytest.mark.parametrize("model", ["lstm", "transformer"])
 def test_companions_do_not_matter_to_ln(model: str, subject: Build) -> None:
     summary = Companions(examples=16, draws=3)(subject(model=model, model__norm="ln")).summary
+    assert summary["companion_variance"] < 1e-12 < summary["example_variance"]
+
+
+def test_companions_do_not_matter_to_running_statistics(subject: Build) -> None:
+    summary = Companions(examples=16, draws=3)(subject(model__norm="pn", model__norm_options={"warmup": 0})).summary
     assert summary["companion_variance"] < 1e-12 < summary["example_variance"]
 
 

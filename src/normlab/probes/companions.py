@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from normlab.config import InputError
 from normlab.data.batches import Batch
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
-from normlab.probes.sites import set_norms_training
+from normlab.probes.sites import freeze_stored, set_norms_training
 
 __all__ = ["Companions"]
 
@@ -50,6 +50,7 @@ class Companions(Probe):
         size = subject.loader("train", train=True).batch_size
         everything = self._examples(subject, max(1, (self.examples or 4 * size) // size))
         set_norms_training(subject.model)
+        freeze_stored(subject.model)
         assert everything.mask_BT is not None
         count = len(everything.tokens_BT)
         mean = square = torch.zeros((), device=subject.device)

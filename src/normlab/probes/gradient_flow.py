@@ -23,7 +23,7 @@ from normlab.models.recurrent import Recurrent, RecurrentState
 from normlab.models.transformer import TransformerModel
 from normlab.norms import build_norm
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
-from normlab.probes.sites import layer_of, set_norms_training
+from normlab.probes.sites import freeze_stored, layer_of, set_norms_training
 
 __all__ = ["GradientFlow", "decay", "hidden_gradients"]
 
@@ -79,6 +79,7 @@ class GradientFlow(Probe):
         if not subject.is_language_model or not isinstance(model, LSTMModel | TransformerModel):
             raise InputError("gradient_flow measures language models of ours: the LSTM or the Transformer, or no run")
         set_norms_training(model)
+        freeze_stored(model)
         stateless = dataclasses.replace(subject.config.data, stream="windows")
         subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, data=stateless))
         batches = subject.batches("train", self.batches, train=True)
@@ -146,9 +147,11 @@ def hidden_gradients(
     """Mean over rows of |d loss / d h_t|, T, for the last layer's h of every time step.
 
     Args:
+        cell: its stored values stay as they are from here on.
         state: before the first time step.
         loss_of: takes the last layer's last h, B x H, and gives the loss, summed over rows.
     """
+    freeze_stored(cell)  # or each call would count as a sequence of its own
     states: list[Tensor] = []
     for x_BF in x_TBF:
         # One time step at a time, so that every h has a place in the graph.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normlab.config import InputError
 from normlab.probes.base import Measurement, Probe, Row, Subject
-from normlab.probes.sites import set_norms_training
+from normlab.probes.sites import freeze_stored, set_norms_training
 
 __all__ = ["Leak"]
 
@@ -40,6 +40,7 @@ class Leak(Probe):
     def measure(self, subject: Subject) -> Measurement:
         length = min(self.length, subject.text.length)
         tokens_BT = torch.randint(subject.text.vocabulary, (self.rows, length)).to(subject.device)
+        freeze_stored(subject.model)
         rows: list[Row] = []
         summary: dict[str, float] = {}
         for mode in ("train", "eval"):
