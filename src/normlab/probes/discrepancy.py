@@ -59,8 +59,9 @@ class Discrepancy(Probe):
             for site, norm in model_sites(subject.model).values()
             if isinstance(norm, BatchStatisticsNorm)
         }
-        # One row alone has no statistics of its own.
-        valid = [batch for batch in subject.batches("valid", self.batches) if len(batch.tokens_BT) > 1]
+        every = subject.batches("valid", self.batches)
+        # One row alone may have no statistics of its own.
+        valid = [batch for batch in every if len(batch.tokens_BT) > 1] or every
         losses = {"loss_nats_stored": _loss_nats(subject, valid)}
         freeze_stored(subject.model)
         for norm, compared in found.values():

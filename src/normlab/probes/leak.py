@@ -39,6 +39,8 @@ class Leak(Probe):
 
     def measure(self, subject: Subject) -> Measurement:
         length = min(self.length, subject.text.length)
+        if subject.is_language_model and length < 2:
+            raise InputError(f"the run reads {length} token at a time (data.length); a leak from later ones takes 2")
         tokens_BT = torch.randint(subject.text.vocabulary, (self.rows, length)).to(subject.device)
         freeze_stored(subject.model)
         rows: list[Row] = []
