@@ -34,6 +34,10 @@ SHORT = {"--norm": "--model.norm", "--model": "--model.name", "--data": "--data.
 
 EXIT_INPUT = 2
 EXIT_CODES = {"interrupted": 130, "failed": EXIT_INPUT}
+AFTER_A_STOP = {
+    "train": "; the same command goes on from the last checkpoint",
+    "probe": "; the same command measures anew",
+}
 
 HELP = """\
 usage: python -m normlab COMMAND ...
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"normlab: error: {error}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
-        print("normlab: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"normlab: stopped{AFTER_A_STOP.get(arguments[0], '')}", file=sys.stderr)
         return EXIT_CODES["interrupted"]
 
 
@@ -93,7 +97,7 @@ def _show(arguments: list[str]) -> int:
 
 
 def _probe(arguments: list[str]) -> int:
-    if not arguments or arguments[0].startswith("-"):
+    if not arguments or arguments[0] in ("-h", "--help"):
         from normlab.probes.listing import show_probes
 
         show_probes()

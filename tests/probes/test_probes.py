@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_the_same_again_and_all_of_it_fit_for_the_record(
     first = measured(name, of)
     torch.manual_seed(2)
     again = measured(name, of)
-    if name != "cost":
+    if not probe_class(name).timed:
         assert to_json(first._asdict()) == to_json(again._asdict())
     assert all(isinstance(value, int | float) for value in first.summary.values())
     assert any(math.isfinite(value) for value in first.summary.values())
@@ -99,6 +100,10 @@ def test_every_probe_says_what_it_is_in_one_line() -> None:
         ("gradient_flow", {"gain": "0.1;1"}, "give numbers"),
         ("gradient_flow", {"net": "elman"}, "unknown net"),
         ("gradient_flow", {"length": 1}, "at least 2"),
+        ("gradient_flow", {"gain": "0.1,nan"}, "give numbers"),
+        ("gradient_flow", {"seed": 2**63}, r"it must be from 0 to 2\^63 - 1"),
+        ("gradient_flow", {"seed": -1}, "it must be from 0"),
+        ("gradient_flow", {"norm": "none"}, "has no gain to set"),
         ("discrepancy", {"statistics": "old"}, "unknown statistics"),
     ],
 )
@@ -108,7 +113,7 @@ def test_wrong_options_get_one_line(name: str, options: dict[str, Any], said: st
     assert "\n" not in str(error.value)
 
 
-def test_wrong_runs_get_one_line(subject: Callable[..., Subject], tiny_labels: Any) -> None:
+def test_wrong_runs_get_one_line(subject: Callable[..., Subject], tiny_labels: Any, tmp_path: Path) -> None:
     text = subject()
     with pytest.raises(InputError, match="takes 2 or more"):
         build_probe("bias_variance", {})(text)
@@ -120,13 +125,47 @@ def test_wrong_runs_get_one_line(subject: Callable[..., Subject], tiny_labels: A
             build_probe(name, {})(classifier)
     with pytest.raises(InputError, match="lower --longest"):
         build_probe("by_length", {"longest": 1000})(text)
-    with pytest.raises(InputError, match="unknown split 'dev'"):
-        build_probe("activations", {"split": "dev"})(text)
-    other = subject(model__norm="rms")
-    with pytest.raises(InputError, match="more than seed and data"):
-        build_probe("bias_variance", {})(text, other)
+    for name in ("activations", "by_length", "sphere"):
+        with pytest.raises(InputError, match="unknown split 'dev'"):
+            build_probe(name, {"split": "dev"})(text)
+    for other in ({"model__norm": "rms"}, {"data__tokens": "word"}, {"data__batch_size": 4}, {"data__length": 6}):
+        with pytest.raises(InputError, match=r"more than seed and data\.corpus"):
+            build_probe("bias_variance", {})(text, subject(**other))
+    another = tmp_path / "another.txt"
+    another.write_text("to be or not to be\n" * 200, encoding="utf-8")
     with pytest.raises(InputError, match="different test texts or symbols"):
-        build_probe("bias_variance", {})(text, subject(data__tokens="word"))
+        build_probe("bias_variance", {})(text, subject(data__corpus=str(another)))
+    with pytest.raises(InputError, match="--batches of the probe gradient_flow is for a run"):
+        build_probe("gradient_flow", {"batches": 2})()
+    untrained = {"net": "gru", "norm": "ln", "length": 9, "width": 9, "batch": 9, "gain": "", "seed": 9}
+    for name, value in untrained.items():
+        with pytest.raises(InputError, match=f"--{name} of the probe gradient_flow is for an untrained net"):
+            build_probe("gradient_flow", {name: value})(text)
+    for options in ({"examples": 15}, {"examples": 1}):
+        with pytest.raises(InputError, match="16 examples at this run's batch size"):
+            build_probe("companions", options)(text)
+    with pytest.raises(InputError, match="reads 1 token at a time"):
+        build_probe("leak", {})(subject(data__length=1))
+
+
+def test_by_length_takes_one_token_more_than_it_reads(subject: Callable[..., Subject]) -> None:
+    of = subject(data__length=4)
+    test = of.text.splits["test"]
+
+    def with_tokens(count: int) -> Subject:
+        splits = {"test": dataclasses.replace(test, ids=test.ids[:count])}
+        return dataclasses.replace(of, text=dataclasses.replace(of.text, splits=splits))
+
+    probe = build_probe("by_length", {"longest": 10})
+    assert probe(with_tokens(41)).summary
+    with pytest.raises(InputError, match=r"needs more than 10 x data\.length=4 tokens, and the test split has 40"):
+        probe(with_tokens(40))
+
+
+def test_a_batch_of_one_row_is_measured(subject: Callable[..., Subject], wic: Corpus) -> None:
+    of = subject(model__norm="ln", data__tokens="word", data__batch_size=1, data__length=6)
+    for name in available_probes():
+        assert measured(name, of).summary, name
 
 
 @pytest.mark.parametrize("model", ["lstm", "transformer"])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normlab.config import NormOptions
 from normlab.data.splits import Corpus
 from normlab.models.lstm_model import CELLS
 from normlab.models.transformer import TransformerModel
@@ -147,6 +148,18 @@ def test_distances_and_spreads_by_hand(subject: Build) -> None:
     assert found.summary["noise"] == pytest.approx(math.sqrt(2 / math.pi / 40))
 
 
+def test_an_uncentred_norm_stores_a_mean_square(subject: Build) -> None:
+    of = subject(model__norm="pnv")
+    found = StepStatistics(batches=5)(of)
+    x = np.concatenate([embedded(of, batch.tokens_BT) for batch in of.batches("train", 5, train=True)])[:, 3]
+    norm: Any = of.model.get_submodule("lstm.norms.l0.input_to_hidden")
+    stored, rms = norm.running_var.double().numpy(), np.sqrt((x**2).mean(0) + 1e-5)
+    (row,) = [row for row in found.rows if row["site"] == "input_to_hidden" and row["step"] == 3]
+    assert row["stored_std_distance"] == pytest.approx(np.mean(abs(np.sqrt(stored + 1e-5) / rms - 1)), rel=1e-4)
+    grouped = StepStatistics(batches=1)(subject(model__norm="pnv", model__norm_options={"group_scaling": 2}))
+    assert {row["stored_std_distance"] for row in grouped.rows} == {None}
+
+
 def test_longer_texts_reach_later_steps(subject: Build) -> None:
     found = StepStatistics(batches=2, multiple=3)(subject(model__norm="bn_step"))
     assert found.summary["steps"] == 36
@@ -167,10 +180,13 @@ def test_settling_step_is_the_first_that_all_later_ones_agree_with() -> None:
 # gradient flow
 
 
-@pytest.mark.parametrize(("net", "norm"), itertools.product(("lstm", "gru", "rnn_tanh"), ("none", "ln", "bn_step")))
+@pytest.mark.parametrize("norm", ["none", "ln", "bn_step", "brn", "pn"])
+@pytest.mark.parametrize("net", ["lstm", "gru", "rnn_tanh"])
 def test_gradients_by_restarting_at_every_time_step(net: str, norm: str) -> None:
     torch.manual_seed(0)
-    cell = CELLS[net](2, 5, norm=norm, dtype=torch.float64)
+    # Fewer updates than time steps: a window is one update.
+    options = NormOptions(warmup=2) if norm in ("brn", "pn") else NormOptions()
+    cell = CELLS[net](2, 5, norm=norm, norm_options=options, dtype=torch.float64)
     x_TBF, head = torch.randn(6, 3, 2, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
 
     def loss_of(h_BH: Tensor) -> Tensor:
@@ -287,8 +303,15 @@ def test_norms_that_store_nothing_have_no_discrepancy(subject: Build) -> None:
 
 def test_running_averages_are_those_of_the_best_checkpoint(subject: Build) -> None:
     of = subject(model__norm="bn")
-    running, final = (Discrepancy(batches=1, statistics=name)(of).summary for name in ("running", "final"))
-    assert running["discrepancy_mean.cell"] != final["discrepancy_mean.cell"]
+    batch = of.batches("train", 1, train=True)[0]
+    for statistics, checkpoint in (("running", "best"), ("final", "final")):
+        found = Discrepancy(batches=1, statistics=statistics)(of)
+        then = replace(of, model=of.checkpoint(checkpoint))
+        norm: Any = then.model.get_submodule("lstm.norms.l0.input_to_hidden")
+        x = embedded(then, batch.tokens_BT)[:, 0]
+        mean = np.mean(abs(norm.running_mean.double().numpy() - x.mean(0)) / np.sqrt(x.var(0) + 1e-5))
+        (row,) = [row for row in found.rows if row["site"] == "input_to_hidden" and row["step"] == 0]
+        assert row["discrepancy_mean"] == pytest.approx(mean, rel=1e-4)
 
 
 # companions
@@ -320,6 +343,32 @@ def test_companions_one_draw_after_the_other(subject: Build) -> None:
 @pytest.mark.parametrize("model", ["lstm", "transformer"])
 def test_companions_do_not_matter_to_ln(model: str, subject: Build) -> None:
     summary = Companions(examples=16, draws=3)(subject(model=model, model__norm="ln")).summary
+    assert summary["companion_variance"] < 1e-12 < summary["example_variance"]
+
+
+def test_companions_come_in_batches_of_one_size(subject: Build, tiny_labels: Any) -> None:
+    of = subject(model__norm="bn", data__corpus=str(tiny_labels), data__batch_size=21)
+    rows = [len(batch.tokens_BT) for batch in of.loader("train", train=True)]
+    assert set(rows) == {20, 21}
+    called: list[int] = []
+    of.model.register_forward_pre_hook(lambda model, inputs: called.append(len(inputs[0])))
+    Companions(examples=21 * len(rows), draws=2)(of)
+    assert called == [20] * 2 * len(rows)
+
+
+def test_equal_examples_have_no_ratio(subject: Build) -> None:
+    of = subject(model__norm="ln")
+    with torch.no_grad():
+        for parameter in of.model.parameters():
+            parameter.zero_()
+    found = Companions(examples=16, draws=2)(of)
+    assert found.summary["example_variance"] == 0
+    assert math.isnan(found.summary["companion_variance_ratio"])
+    assert all(math.isnan(row["ratio"]) for row in found.rows)
+
+
+def test_companions_do_not_matter_to_running_statistics(subject: Build) -> None:
+    summary = Companions(examples=16, draws=3)(subject(model__norm="pn", model__norm_options={"warmup": 0})).summary
     assert summary["companion_variance"] < 1e-12 < summary["example_variance"]
 
 
@@ -364,7 +413,7 @@ def test_ln_puts_tokens_on_the_sphere_and_its_gain_takes_them_off(subject: Build
     assert found["token_variance_before.final"] == pytest.approx(1, abs=1e-2)
     assert found["sphere_distance_after.final"] > 0.005
     bare = Sphere(tokens=100)(subject(model="transformer", model__norm="none", model__width=64)).summary
-    assert bare["sphere_distance_before.final"] > 0.1
+    assert bare["sphere_distance_before.final"] > 20 * found["sphere_distance_before.final"]
     assert bare["sphere_distance_before.final"] == bare["sphere_distance_after.final"]
 
 

@@ -12,6 +12,7 @@ import torch
 from normlab.__main__ import main
 from normlab.config import InputError, RunConfig, available_probes
 from normlab.probes.base import Measurement
+from normlab.probes.gradient_flow import GradientFlow
 from normlab.probes.sphere import Sphere
 from normlab.records.record import RunRecord
 from normlab.training import probing
@@ -56,6 +57,8 @@ def test_without_a_name_the_probes_are_listed(capsys: pytest.CaptureFixture[str]
     assert main(["probe"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in available_probes())
+    assert main(["probe", "--help"]) == 0
+    assert capsys.readouterr().out == said
 
 
 def test_without_a_run_a_file_per_question(tmp_path: Path) -> None:
@@ -93,6 +96,7 @@ def test_weights_of_each_checkpoint(record: RunRecord) -> None:
     ("arguments", "said"),
     [
         ("spheer", "did you mean 'sphere'"),
+        ("--bogus", "unknown probe '--bogus'"),
         ("sphere", "the probe sphere takes 1 run(s), not 0"),
         ("sphere nowhere", "no run 'nowhere'"),
         ("sphere RUN --token 3", "unknown flag '--token' (did you mean '--tokens'?)"),
@@ -101,6 +105,8 @@ def test_weights_of_each_checkpoint(record: RunRecord) -> None:
         ("bias_variance RUN", "takes 2 or more run(s), not 1"),
         ("gradient_flow --norm none", "the norm none has no gain to set; add --gain="),
         ("gradient_flow --norm lnn", "unknown norm 'lnn' (did you mean 'ln'?)"),
+        ("gradient_flow --seed 99999999999999999999999", "it must be from 0 to 2^63 - 1"),
+        ("gradient_flow RUN --width 4", "--width of the probe gradient_flow is for an untrained net"),
     ],
 )
 def test_a_mistake_gets_one_line(
@@ -133,6 +139,29 @@ def test_runs_that_cannot_be_measured(record: RunRecord, tiny_text: Path) -> Non
     outcome = record.folder / "outcome.json"
     outcome.write_text(outcome.read_text().replace('"finished"', '"interrupted"'))
     refused("has not ended")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_measuring(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "afile").write_text("")
+    monkeypatch.setattr(GradientFlow, "measure", lambda self: pytest.fail("measured"))
+    assert main(["probe", "gradient_flow", "--runs_dir", str(tmp_path / "afile")]) == 2
+    error = capsys.readouterr().err
+    assert f"cannot write the measurement to {tmp_path / 'afile' / 'untrained' / 'probes'}: Not a directory" in error
+    assert error.count("\n") == 1
+
+
+def test_ctrl_c_promises_no_checkpoint(
+    record: RunRecord, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Sphere, subject: object) -> Measurement:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sphere, "measure", stop)
+    capsys.readouterr()
+    assert main(["probe", "sphere", str(record.folder)]) == 130
+    assert capsys.readouterr().err == "normlab: stopped; the same command measures anew\n"
 
 
 def test_a_measurement_cut_short_leaves_the_one_before(record: RunRecord, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,11 +65,11 @@ class Subject:
 
     def loader(self, split: str, *, train: bool = False) -> Loader:
         """As in training (shuffled epochs, order by the run's seed) or, with `train` False, in evaluation."""
+        require_choice("split", split, self.text.splits)
         return make_loader(self.text, self.config.data, split, train=train, seed=self.config.seed)
 
     def batches(self, split: str, count: int, *, train: bool = False) -> list[Batch]:
         """The first `count` batches, or as many as there are, on the model's device."""
-        require_choice("split", split, self.text.splits)
         taken = itertools.islice(self.loader(split, train=train), count)
         return [self.place(batch) for batch in taken]
 
@@ -91,15 +91,18 @@ class Subject:
 class Probe(metaclass=ABCMeta):
     """One family of quantities. A subclass is a frozen dataclass in a file of its own, and its fields are its options.
 
-    Calling it measures: on copies of the models, in evaluation mode, with random numbers of its own. The models
-    themselves, their buffers, gradients and modes, and all random state are afterwards as they were, so that a probe
-    in the middle of a training run changes none of its numbers. The same options and runs give the same values.
+    Calling it measures: on copies of the models, handed over in evaluation mode, with random numbers of its own. The
+    models themselves, their buffers, gradients and modes, and all random state are afterwards as they were, so that a
+    probe in the middle of a training run changes none of its numbers. The same options and runs give the same values,
+    but times.
 
     Attributes:
         runs: fewest and most runs that it takes; None = any number.
+        timed: some of its values are times.
     """
 
     runs: ClassVar[tuple[int, int | None]] = (1, 1)
+    timed: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -24,7 +24,7 @@ __all__ = ["BiasVariance", "split_losses"]
 
 @dataclass(frozen=True)
 class BiasVariance(Probe):
-    """Split of the test loss of runs that differ in seed or data resample alone, on the same test data.
+    """Split of the test loss of runs that differ in seed or corpus (a resample) alone, on the same test data.
 
     Cross-entropy (Heskes 1998): with the common prediction q proportional to exp(mean over runs of log p_r),
     mean_r -log p_r(y) = -log q(y) + mean_r KL(q || p_r): bias and variance in nats. Brier score: mean_r |p_r - y|^2 =
@@ -126,10 +126,11 @@ def _is_finite(subject: Subject, batches: Iterable[Batch]) -> bool:
 
 def _require_comparable(one: Subject, other: Subject) -> None:
     def question(subject: Subject) -> object:
-        return dataclasses.replace(subject.config, seed=0, data=one.config.data, output=one.config.output)
+        data = dataclasses.replace(subject.config.data, corpus=one.config.data.corpus)  # a resample is a file
+        return dataclasses.replace(subject.config, seed=0, data=data, output=one.config.output)
 
     if question(one) != question(other):
-        raise InputError(f"{one.run} and {other.run} differ in more than seed and data; give runs of one arm")
+        raise InputError(f"{one.run} and {other.run} differ in more than seed and data.corpus; give runs of one arm")
     tests = [subject.text.splits["test"].ids for subject in (one, other)]
     if one.text.vocabulary != other.text.vocabulary or tests[0].tolist() != tests[1].tolist():
         raise InputError(f"{one.run} and {other.run} have different test texts or symbols; give runs on one corpus")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normlab.config import InputError
+from normlab.config import InputError, require_choice
 from normlab.data.batches import Batch
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
 
@@ -46,12 +46,13 @@ class ByLength(Probe):
     def measure(self, subject: Subject) -> Measurement:
         if not subject.is_language_model:
             raise InputError("by_length is for language models; the texts of a classifier have lengths of their own")
+        require_choice("split", self.split, subject.text.splits)
         length, ids = subject.text.length, torch.from_numpy(subject.text.splits[self.split].ids)
         whole = length * self.longest
         if len(ids) <= whole:
             raise InputError(
-                f"the {self.split} split has {len(ids)} tokens, fewer than {self.longest} x data.length={length}; "
-                "lower --longest"
+                f"--longest {self.longest} needs more than {self.longest} x data.length={length} tokens, and the "
+                f"{self.split} split has {len(ids)}; lower --longest"
             )
         last_start = len(ids) - 1 - whole
         starts = np.unique(np.linspace(0, last_start, min(self.rows, last_start // length + 1)).astype(np.int64))

@@ -6,6 +6,7 @@ Shape suffixes: N examples, T time (1 for a classifier).
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from normlab.config import InputError
 from normlab.data.batches import Batch
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
-from normlab.probes.sites import set_norms_training
+from normlab.probes.sites import freeze_stored, set_norms_training
 
 __all__ = ["Companions"]
 
@@ -27,11 +28,11 @@ class Companions(Probe):
 
     The same training examples are dealt into batches anew in every draw. companion_variance is the variance (over
     draws, unbiased) of an example's loss in nats, averaged over examples and time steps; example_variance that of the
-    examples' mean losses over draws, between examples; the ratio is the first over the second. A norm that sees one
-    example at a time has 0.
+    examples' mean losses over draws, between examples; the ratio is the first over the second (nan where that is 0). A
+    norm that sees one example at a time has 0.
 
     Args:
-        examples: in all; 0 takes 4 batches. As many whole batches as they fill are used.
+        examples: in all; 0 takes 4 batches. As many whole batches as they fill are used, at least 2.
         draws: of companions.
     """
 
@@ -46,10 +47,9 @@ class Companions(Probe):
 
     @torch.no_grad()
     def measure(self, subject: Subject) -> Measurement:
-        size = subject.loader("train", train=True).batch_size
-        size = subject.loader("train", train=True).batch_size
-        everything = self._examples(subject, max(1, (self.examples or 4 * size) // size))
+        everything, size = self._examples(subject)
         set_norms_training(subject.model)
+        freeze_stored(subject.model)
         assert everything.mask_BT is not None
         count = len(everything.tokens_BT)
         mean = square = torch.zeros((), device=subject.device)
@@ -63,11 +63,17 @@ class Companions(Probe):
         keep_NT = everything.mask_BT if subject.is_language_model else everything.mask_BT[:, :1]
         return _measured(mean, square / (self.draws - 1), keep_NT)
 
-    def _examples(self, subject: Subject, batches: int) -> Batch:
-        """Whole batches as one, all padded to the longest so that every draw has the same shapes."""
+    def _examples(self, subject: Subject) -> tuple[Batch, int]:
+        """Whole batches as one, all padded to the longest so that every draw has the same shapes; rows of each."""
         stateless = dataclasses.replace(subject.config.data, stream="windows")
-        config = dataclasses.replace(subject.config, data=stateless)
-        found = dataclasses.replace(subject, config=config).batches("train", batches, train=True)
+        subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, data=stateless))
+        size = subject.loader("train", train=True).batch_size
+        found = subject.batches("train", (self.examples or 4 * size) // size, train=True)
+        if len(found) < 2:
+            raise InputError(
+                f"the probe {self.name} deals out 2 batches or more, {2 * size} examples at this run's batch size, and "
+                f"got {len(found)}; raise --examples, or give a run with more training text"
+            )
         rows = min(len(batch.tokens_BT) for batch in found)
         longest = max(batch.tokens_BT.shape[1] for batch in found)
 
@@ -78,12 +84,13 @@ class Companions(Probe):
         masks = [torch.ones_like(b.tokens_BT, dtype=torch.bool) if b.mask_BT is None else b.mask_BT for b in found]
         targets = [batch.targets_BT for batch in found if batch.targets_BT is not None]
         labels = [batch.labels_B[:rows] for batch in found if batch.labels_B is not None]
-        return Batch(
+        everything = Batch(
             joined(tokens),
             joined(masks),
             joined(targets) if targets else None,
             torch.cat(labels) if labels else None,
         )
+        return everything, rows
 
 
 def _rows(batch: Batch, rows: Tensor) -> Batch:
@@ -111,6 +118,10 @@ def _measured(mean: Tensor, variance: Tensor, mask_NT: Tensor) -> Measurement:
     columns = ("companion_variance", "example_variance")
     within, between = (statistics.fmean(row[name] for row in rows) for name in columns)
     for row in rows:
-        row["ratio"] = row["companion_variance"] / row["example_variance"]
-    summary = {"companion_variance_ratio": within / between, "companion_variance": within, "example_variance": between}
-    return Measurement(summary, rows)
+        row["ratio"] = _ratio(row["companion_variance"], row["example_variance"])
+    summary = {"companion_variance_ratio": _ratio(within, between)}
+    return Measurement({**summary, "companion_variance": within, "example_variance": between}, rows)
+
+
+def _ratio(within: float, between: float) -> float:
+    return within / between if between else math.nan

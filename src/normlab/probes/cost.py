@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class Cost(Probe):
         steps: timed.
     """
 
+    timed: ClassVar[bool] = True
     steps: int = 5
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from normlab.norms.base import Step
 from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.norms.moments import Moments, Prefix
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats, site_summary
-from normlab.probes.sites import Site, model_sites, on_reference
+from normlab.probes.sites import Site, freeze_stored, model_sites, on_reference
 
 __all__ = ["Discrepancy"]
 
@@ -59,13 +59,13 @@ class Discrepancy(Probe):
             for site, norm in model_sites(subject.model).values()
             if isinstance(norm, BatchStatisticsNorm)
         }
-        # One row alone has no statistics of its own.
-        valid = [batch for batch in subject.batches("valid", self.batches) if len(batch.tokens_BT) > 1]
+        every = subject.batches("valid", self.batches)
+        # One row alone may have no statistics of its own.
+        valid = [batch for batch in every if len(batch.tokens_BT) > 1] or every
         losses = {"loss_nats_stored": _loss_nats(subject, valid)}
+        freeze_stored(subject.model)
         for norm, compared in found.values():
             norm.train()
-            # Nothing of what is measured may move what it is measured against.
-            object.__setattr__(norm, "store", lambda statistics, step=0: None)
             object.__setattr__(norm, "batch_statistics", _comparing(norm, compared))
         losses["loss_nats_batch"] = _loss_nats(subject, valid)
         for _, compared in found.values():

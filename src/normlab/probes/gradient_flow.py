@@ -23,7 +23,7 @@ from normlab.models.recurrent import Recurrent, RecurrentState
 from normlab.models.transformer import TransformerModel
 from normlab.norms import build_norm
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
-from normlab.probes.sites import layer_of, set_norms_training
+from normlab.probes.sites import freeze_stored, layer_of, set_norms_training
 
 __all__ = ["GradientFlow", "decay", "hidden_gradients"]
 
@@ -44,7 +44,7 @@ class GradientFlow(Probe):
     Cooijmans et al. 2016, arXiv 1603.09025).
 
     Args:
-        batches: of the run, at its batch size.
+        batches: of a run, at its batch size.
         net: untrained: lstm, gru, rnn_tanh or rnn_relu.
         norm: untrained: at all its sites.
         length: untrained: time steps T.
@@ -69,7 +69,18 @@ class GradientFlow(Probe):
         require_choice("net", self.net, CELLS)
         if self.length < 2:
             raise InputError(f"--length of the probe {self.name} is {self.length}; it must be at least 2")
-        self._gains()
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"--seed of the probe {self.name} is {self.seed}; it must be from 0 to 2^63 - 1")
+        if self._gains() != [None] and build_norm(self.norm, self.width).weight is None:
+            raise InputError(f"the norm {self.norm} has no gain to set; add --gain= to the probe {self.name}")
+
+    def require_runs(self, count: int) -> None:
+        """As `Probe.require_runs`; raise `InputError` too if an option is set that would do nothing."""
+        super().require_runs(count)
+        for field in dataclasses.fields(self):
+            if (field.name == "batches") != (count > 0) and getattr(self, field.name) != field.default:
+                of = "an untrained net and does nothing with" if count else "a run and does nothing without"
+                raise InputError(f"--{field.name} of the probe {self.name} is for {of} a run; leave it out")
 
     def measure(self, *subjects: Subject) -> Measurement:
         return self._of_run(subjects[0]) if subjects else self._untrained()
@@ -79,11 +90,11 @@ class GradientFlow(Probe):
         if not subject.is_language_model or not isinstance(model, LSTMModel | TransformerModel):
             raise InputError("gradient_flow measures language models of ours: the LSTM or the Transformer, or no run")
         set_norms_training(model)
+        freeze_stored(model)
         stateless = dataclasses.replace(subject.config.data, stream="windows")
         subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, data=stateless))
         batches = subject.batches("train", self.batches, train=True)
         of_model = _lstm_gradients if isinstance(model, LSTMModel) else _transformer_gradients
-        # The rounding of a mean over batches aside, a batch is as good as a longer one.
         by_layer_LT = torch.stack([of_model(model, batch) for batch in batches]).mean(0)  # pyright: ignore[reportArgumentType]
         top = by_layer_LT.shape[0] if isinstance(model, TransformerModel) else model.lstm.num_layers
         layers = range(top - by_layer_LT.shape[0], top)
@@ -115,8 +126,6 @@ class GradientFlow(Probe):
         return Measurement(summary, rows)
 
     def _cell(self, gain: float | None) -> Recurrent:
-        if gain is not None and build_norm(self.norm, self.width).weight is None:
-            raise InputError(f"the norm {self.norm} has no gain to set; add --gain= to the probe {self.name}")
         site = SiteConfig(gain=gain)
         sites = LSTMSites(site, site, site) if self.net == "lstm" else LSTMSites(site, site)
         cell = CELLS[self.net](1, self.width, norm=self.norm, sites=sites, max_steps=self.length)
@@ -135,9 +144,12 @@ class GradientFlow(Probe):
         if not self.gain.strip():
             return [None]
         try:
-            return [float(part) for part in self.gain.split(",")]
+            gains = [float(part) for part in self.gain.split(",")]
         except ValueError:
-            raise InputError(f"--gain of the probe {self.name} is {self.gain!r}; give numbers, such as 0.1,1") from None
+            gains = [math.nan]  # refused below
+        if not all(math.isfinite(gain) for gain in gains):
+            raise InputError(f"--gain of the probe {self.name} is {self.gain!r}; give numbers, such as 0.1,1")
+        return [*gains]
 
 
 def hidden_gradients(
@@ -146,9 +158,11 @@ def hidden_gradients(
     """Mean over rows of |d loss / d h_t|, T, for the last layer's h of every time step.
 
     Args:
+        cell: its stored values stay as they are from here on.
         state: before the first time step.
         loss_of: takes the last layer's last h, B x H, and gives the loss, summed over rows.
     """
+    freeze_stored(cell)  # or each call would count as a sequence of its own
     states: list[Tensor] = []
     for x_BF in x_TBF:
         # One time step at a time, so that every h has a place in the graph.

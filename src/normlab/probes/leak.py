@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from normlab.config import InputError
 from normlab.probes.base import Measurement, Probe, Row, Subject
-from normlab.probes.sites import set_norms_training
+from normlab.probes.sites import freeze_stored, set_norms_training
 
 __all__ = ["Leak"]
 
@@ -39,7 +39,10 @@ class Leak(Probe):
 
     def measure(self, subject: Subject) -> Measurement:
         length = min(self.length, subject.text.length)
+        if subject.is_language_model and length < 2:
+            raise InputError(f"the run reads {length} token at a time (data.length); a leak from later ones takes 2")
         tokens_BT = torch.randint(subject.text.vocabulary, (self.rows, length)).to(subject.device)
+        freeze_stored(subject.model)
         rows: list[Row] = []
         summary: dict[str, float] = {}
         for mode in ("train", "eval"):

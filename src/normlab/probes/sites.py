@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from normlab.models.recurrent import Recurrent
 from normlab.norms.base import Norm, Step
 
-__all__ = ["Call", "Site", "layer_of", "model_sites", "on_reference", "set_norms_training", "watched"]
+__all__ = ["Call", "Site", "freeze_stored", "layer_of", "model_sites", "on_reference", "set_norms_training", "watched"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,15 @@ def set_norms_training(model: nn.Module, training: bool = True) -> None:
     """Put every norm in training (or evaluation) mode, and nothing else: dropout stays as it is."""
     for _, norm in model_sites(model).values():
         norm.train(training)
+
+
+def freeze_stored(model: nn.Module) -> None:
+    """From now on no norm takes anything into its stored values: measuring leaves what is measured as it was.
+
+    Some norms use stored values in training too (`brn`, `pn`), or count the sequences that they were given.
+    """
+    for _, norm in model_sites(model).values():
+        object.__setattr__(norm, "store", lambda statistics, step=0: None)
 
 
 @contextmanager

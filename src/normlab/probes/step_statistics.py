@@ -80,7 +80,8 @@ class StepStatistics(Probe):
 
     Spreads: std over steps of the means, over the root of the mean variance within a step; std over steps of sigma_tj,
     over its mean. Stored distances: as above, with the values that the norm would use in evaluation at that step in
-    place of the late ones, and the population's sigma at that step (and the norm's eps).
+    place of the late ones, and the population's sigma at that step (and the norm's eps); its root mean square where the
+    norm does not centre. None where the norm rescales its input first (`group_scaling`).
 
     Args:
         batches: of the run's batch size.
@@ -153,10 +154,11 @@ def _rows(population: Moments, norm: Norm) -> list[Row]:
     late = pooled(Moments(*(value[int(LATE * steps) :] for value in (mean_TF, population.var, count_T[:, None]))), 0)
     to_late = _distances(mean_TF, std_TF, late.mean, late.var.sqrt(), late.var[0] > 0)
     to_stored = None
-    if isinstance(norm, BatchStatisticsNorm):
+    if isinstance(norm, BatchStatisticsNorm) and getattr(norm, "group_scaling", None) is None:
         mean, var = norm.stored(0, steps)
+        var_TF = population.var if norm.centered else population.var + population.mean.square()
         stored_mean = mean_TF if mean is None else mean.double()
-        sigma_TF, all_F = (population.var + norm.eps).sqrt(), torch.ones_like(late.var[0], dtype=torch.bool)
+        sigma_TF, all_F = (var_TF + norm.eps).sqrt(), torch.ones_like(late.var[0], dtype=torch.bool)
         stored = _distances(stored_mean, (var.double() + norm.eps).sqrt(), mean_TF, sigma_TF, all_F)
         to_stored = [value.flatten().tolist() for value in stored]
     rows: list[Row] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,17 @@ def run_probe(
 
     Returns:
         What was written (probe, options, runs, summary, rows, environment), and `path`, where.
+
+    Raises:
+        InputError: runs or options that cannot be measured, or a folder that cannot be written.
     """
     if isinstance(probe, str):
         probe = build_probe(probe, options or {})
     probe.require_runs(len(runs))
     opened = [open_run(run, runs_dir) for run in runs]
+    folder = (opened[0][0].folder if opened else Path(runs_dir) / UNTRAINED) / "probes"
+    with _writing(folder):  # before the measurement, which may take long
+        folder.mkdir(parents=True, exist_ok=True)
     measured: Measurement = probe(*(subject for _, subject in opened))
     values: dict[str, Any] = {
         "probe": probe.name,
@@ -100,11 +107,19 @@ def run_probe(
         **measured._asdict(),
         "environment": {**collect_environment(), "threads": torch.get_num_threads()},
     }
-    if opened:
-        path = opened[0][0].write_probe(probe.name, values)
-    else:
-        digest = hashlib.sha256(to_json(probe.options).encode()).hexdigest()[:8]
-        path = Path(runs_dir) / UNTRAINED / "probes" / f"{probe.name}-{digest}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, to_json({"version": FORMAT_VERSION, **values}, indent=2) + "\n")
+    with _writing(folder):
+        if opened:
+            path = opened[0][0].write_probe(probe.name, values)
+        else:
+            digest = hashlib.sha256(to_json(probe.options).encode()).hexdigest()[:8]
+            path = folder / f"{probe.name}-{digest}.json"
+            write_atomically(path, to_json({"version": FORMAT_VERSION, **values}, indent=2) + "\n")
     return {**values, "path": str(path)}
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write the measurement to {folder}: {error.strerror}") from None
