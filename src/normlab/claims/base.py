@@ -28,7 +28,7 @@ from normlab.config import (
 )
 
 if TYPE_CHECKING:
-    from normlab.stats.verdicts import Verdict  # pyright: ignore[reportMissingImports]
+    from normlab.stats.verdicts import ClaimVerdict, Verdict  # pyright: ignore[reportMissingImports]
 
 __all__ = ["TUNING", "Arm", "Claim", "Comparison", "PlannedRun", "Rates", "Scale", "Setting"]
 
@@ -79,7 +79,7 @@ class Comparison:
     arm: str
     control: str
     measurement: str
-    predicted: Literal["better", "worse"]
+    predicted: Literal["better", "worse", "same"]
     margin: float
     margin_reason: str
 
@@ -222,29 +222,28 @@ class Claim:
                     rates[name, arm] = min(sweep, key=lambda rate, of_rate=of_rate: (*_badness(of_rate[rate]), rate))
         return rates
 
-    def judge(self, rows: Iterable[Row]) -> dict[tuple[str, Comparison], Verdict]:
-        """The verdict of each comparison in each of its settings, from the verdict rows alone.
+    def judge(self, rows: Iterable[Row]) -> ClaimVerdict:
+        """The verdict from the verdict rows alone: that of all comparisons in all their settings, or mixed.
 
         Raises:
-            InputError: the rows of some run are missing.
+            InputError: the row of some run is missing.
         """
-        values: dict[tuple[str, str, str], dict[int, Row]] = {}
-        for row in rows:
-            if row.phase == "verdict":
-                values.setdefault((row.setting, row.arm, row.measurement), {})[row.seed] = row
-        verdicts: dict[tuple[str, Comparison], Verdict] = {}
+        found = {(row.setting, row.arm, row.measurement, row.seed): row for row in rows if row.phase == "verdict"}
+        verdicts: dict[str, Verdict] = {}
         for comparison in self.comparisons:
             measurement = next(m for m in self.measurements if m.name == comparison.measurement)
             for setting in self._settings_of(comparison):
-                arm, control = (
-                    values.get((setting, name, measurement.name), {}) for name in (comparison.arm, comparison.control)
-                )
-                for name, of_seed in ((comparison.arm, arm), (comparison.control, control)):
-                    missing = [seed for seed in self.verdict_seeds if seed not in of_seed]
-                    self._require(not missing, f"no {measurement.name} of {name} in {setting} at seeds {missing}")
-                pairs = [(arm[seed], control[seed]) for seed in self.verdict_seeds]
-                verdicts[setting, comparison] = verdict_of(comparison, measurement, pairs)
-        return verdicts
+                sides: list[list[Row]] = []
+                for arm in (comparison.arm, comparison.control):
+                    keys = [(setting, arm, measurement.name, seed) for seed in self.verdict_seeds]
+                    missing = [key[-1] for key in keys if key not in found]
+                    self._require(not missing, f"no {measurement.name} of {arm} in {setting} at seeds {missing}")
+                    sides.append([found[key] for key in keys])
+                name = f"{setting}: {comparison.arm} against {comparison.control}, {measurement.name}"
+                verdicts[name] = verdict_of(comparison, measurement, *sides)
+        from normlab.stats.verdicts import combine  # pyright: ignore[reportMissingImports]
+
+        return combine(verdicts)
 
     def _settings_of(self, comparison: Comparison) -> list[str]:
         both = {comparison.arm, comparison.control}
@@ -255,20 +254,32 @@ class Claim:
             raise InputError(f"argument {self.id}: {message}")
 
 
-def verdict_of(comparison: Comparison, measurement: Measurement, pairs: Sequence[tuple[Row, Row]]) -> Verdict:
-    """The one call of `normlab.stats`: rows of arm and control, paired by seed, to a verdict."""
-    from normlab.stats.verdicts import judge  # pyright: ignore[reportMissingImports]
+def verdict_of(comparison: Comparison, measurement: Measurement, arm: Sequence[Row], control: Sequence[Row]) -> Verdict:
+    """The one call of `normlab.stats` on numbers: the rows of both arms, paired by seed.
 
-    return judge(
-        arm={arm.seed: arm.value for arm, _ in pairs},
-        control={control.seed: control.value for _, control in pairs},
-        lower_is_better=measurement.lower_is_better,
-        predicted=comparison.predicted,
-        margin=comparison.margin,
-        diverged_arm=frozenset(arm.seed for arm, _ in pairs if arm.diverged),
-        diverged_control=frozenset(control.seed for _, control in pairs if control.diverged),
+    A run that diverged, or whose value is not finite, is given what its row says in its place (for the loss of a
+    language model that of the unigram distribution), or else the worst value of all runs that have one;
+    where no run has one, the numbers of diverged runs decide alone.
+    """
+    from normlab.stats import effects, verdicts  # pyright: ignore[reportMissingImports]
+
+    both = [*arm, *control]
+    values = [row.value for row in both if math.isfinite(row.value)]
+    given = [row.value for row in both if row.diverged and math.isfinite(row.value)]
+    worst = (max if measurement.lower_is_better else min)(given or values, default=0.0)
+
+    def side(name: str, rows: Sequence[Row]) -> Any:
+        of_seed = {row.seed: None if row.diverged or not math.isfinite(row.value) else row.value for row in rows}
+        return effects.Arm(name, of_seed)
+
+    pairs = effects.Comparison(
+        control=side(comparison.control, control),
+        arm=side(comparison.arm, arm),
         unit=measurement.unit,
+        better="lower" if measurement.lower_is_better else "higher",
+        diverged_value=worst,
     )
+    return verdicts.judge(pairs, comparison.predicted, comparison.margin)
 
 
 def _at(config: RunConfig, learning_rate: float, seed: int) -> RunConfig:

@@ -15,6 +15,7 @@ from normlab.execution.jobs import Job, write_job
 
 __all__ = ["Ended", "LocalWorkers", "available_cores"]
 
+WORKER = ("-m", "normlab.execution.worker")
 STOP_SECONDS = 60.0
 """How long a worker has to end its step and write a checkpoint before it is killed."""
 
@@ -104,7 +105,7 @@ class LocalWorkers:
 
 def _start_worker(path: Path, log: BinaryIO) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "normlab.execution.worker", str(path)],
+        [sys.executable, *WORKER, str(path)],
         stdin=subprocess.PIPE,  # closes when this process ends, however it ends
         stdout=log,
         stderr=log,

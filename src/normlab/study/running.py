@@ -69,10 +69,11 @@ class _Runner:
                 return
             time.sleep(POLL_SECONDS)
             over = pool.ended()
-            for ended in over:
-                self._note(ended, display)
             if over or (elsewhere and time.monotonic() - looked > ELSEWHERE_SECONDS):
                 states, looked = self._look(), time.monotonic()
+            for ended in over:
+                self._note(ended)
+                display.ended(ended, states)
 
     def write(self) -> list[ClaimState]:
         """Write the tables of all arguments as far as they are."""
@@ -111,15 +112,14 @@ class _Runner:
                 pool.start(job)
         return elsewhere
 
-    def _note(self, ended: Ended, display: Display) -> None:
+    def _note(self, ended: Ended) -> None:
         job = ended.job
-        display.ended(ended)
-        if not ended.reason or job.is_done():
+        if job.is_done():
             return
         if job.record.outcome().state == "running":
             self.attempts[job.id] -= 1  # another process was faster
         elif self.attempts[job.id] >= ATTEMPTS:
-            self.failed[job.id] = f"{ended.reason}; its log: {self._log(job)}"
+            self.failed[job.id] = f"{ended.reason or 'it left no result'}; its log: {self._log(job)}"
 
     def _log(self, job: Job) -> Path:
         return Path(self.study.output.runs_dir) / ".study" / f"{job.id}.log"

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normlab.claims.base import Claim
+from normlab.config import InputError
 from normlab.execution.jobs import Job
 from normlab.execution.local import Ended
 from normlab.records.disk import parse_json
@@ -74,7 +75,11 @@ def summary(study: Study, state: ClaimState) -> str:
     where = f"{claim.id} ({study.scale})"
     if state.missing:
         return f"{where}: {len(state.missing)} of {len(state.runs)} runs missing"
-    return f"{where}: complete, {len(state.runs)} runs, {study.table(claim)}; rates: {_rates(state)}"
+    try:
+        verdict = claim.judge(study.rows(state))
+    except InputError as error:
+        return f"{where}: {error}"
+    return f"{where}: {verdict.kind}: {verdict.why}; rates: {_rates(state)}; {study.table(claim)}"
 
 
 def duration(seconds: float | None) -> str:
@@ -92,7 +97,6 @@ class Display:
     def __init__(self, study: Study, console: Console) -> None:
         self.study = study
         self.console = console
-        self._done = ""
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> Display:
@@ -104,23 +108,23 @@ class Display:
         self._live.stop()
 
     def show(self, states: Sequence[ClaimState], jobs: Sequence[Job], elsewhere: Sequence[Job]) -> None:
-        done, total = _counts(states)
-        self._done = f"{done}/{total}"
         if not self.console.is_terminal:
             return
+        done, total = _counts(states)
         left = _time_left(self.study, states, max(1, len(jobs)))
         head = Table.grid(padding=(0, 1))
-        head.add_row(Text("runs"), ProgressBar(total, done, width=40), Text(f"{self._done}, {left}"))
+        head.add_row(Text("runs"), ProgressBar(total, done, width=40), Text(f"{done}/{total}, {left}"))
         lines = [Text(f"  {job.id}  {_progress(job)}", overflow="ellipsis", no_wrap=True) for job in jobs]
         if elsewhere:
             lines.append(Text(f"  {len(elsewhere)} more in another process"))
         self._live.update(Group(head, *lines), refresh=True)
 
-    def ended(self, ended: Ended) -> None:
+    def ended(self, ended: Ended, states: Sequence[ClaimState]) -> None:
         """Say that a run ended; in a terminal only if it did not do what it should."""
         if ended.reason or not self.console.is_terminal:
+            done, total = _counts(states)
             how = ended.reason or _progress(ended.job)
-            self.console.print(f"{self._done} {ended.job.id}: {how}", highlight=False, markup=False, soft_wrap=True)
+            self.console.print(f"{done}/{total} {ended.job.id}: {how}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _counts(states: Sequence[ClaimState]) -> tuple[int, int]:
