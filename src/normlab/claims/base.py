@@ -28,7 +28,7 @@ from normlab.config import (
 )
 
 if TYPE_CHECKING:
-    from normlab.stats.verdicts import ClaimVerdict, Verdict  # pyright: ignore[reportMissingImports]
+    from normlab.stats.verdicts import ClaimVerdict, Verdict
 
 __all__ = ["TUNING", "Arm", "Claim", "Comparison", "PlannedRun", "Rates", "Scale", "Setting"]
 
@@ -241,7 +241,7 @@ class Claim:
                     sides.append([found[key] for key in keys])
                 name = f"{setting}: {comparison.arm} against {comparison.control}, {measurement.name}"
                 verdicts[name] = verdict_of(comparison, measurement, *sides)
-        from normlab.stats.verdicts import combine  # pyright: ignore[reportMissingImports]
+        from normlab.stats.verdicts import combine
 
         return combine(verdicts)
 
@@ -261,7 +261,7 @@ def verdict_of(comparison: Comparison, measurement: Measurement, arm: Sequence[R
     language model that of the unigram distribution), or else the worst value of all runs that have one;
     where no run has one, the numbers of diverged runs decide alone.
     """
-    from normlab.stats import effects, verdicts  # pyright: ignore[reportMissingImports]
+    from normlab.stats import effects, verdicts
 
     both = [*arm, *control]
     values = [row.value for row in both if math.isfinite(row.value)]

@@ -1,0 +1,1 @@
+"""From measurements per seed to verdicts: paired effects, equivalence, multiplicity, power; numpy and scipy alone."""
