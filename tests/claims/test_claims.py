@@ -232,3 +232,37 @@ def test_tables_are_read_without_torch_in_no_time(tmp_path: Path):
     began = time.process_time()
     assert len(read_rows(path)) == 500
     assert time.process_time() - began < 0.1
+
+
+def test_the_verdict_follows_the_numbers():
+    def kind(ln: float, spread: float = 0.0) -> str:
+        rows = [row("ln", seed, ln + spread * (-1) ** seed) for seed in range(1, 6)]
+        rows += [row("bn", seed, 1.0 + seed / 1000) for seed in range(1, 6)]
+        return claim().judge(rows).kind
+
+    assert kind(0.9) == "supported"
+    assert kind(1.1) == "refuted"
+    assert kind(1.003) == "refuted", "shown to be the same within the margin"
+    assert kind(0.99, spread=0.5) == "inconclusive"
+
+
+def test_settings_that_disagree_are_mixed():
+    two = claim(settings={"one": SETTING, "two": SETTING})
+    rows = [row("bn", seed, 1.0 + seed / 1000, setting=setting) for seed in range(1, 6) for setting in ("one", "two")]
+    rows += [row("ln", seed, 0.5, setting="one") for seed in range(1, 6)]
+    rows += [row("ln", seed, 1.5, setting="two") for seed in range(1, 6)]
+    verdict = two.judge(rows)
+    assert verdict.kind == "mixed"
+    assert "refuted in two: ln against bn, test_loss_nats" in verdict.why
+
+
+@pytest.mark.parametrize("value", [3.0, math.nan, math.inf])
+def test_diverged_runs_count_in_the_verdict(value: float):
+    rows = [row("ln", seed, 1.0 + seed / 1000) for seed in range(1, 6)]
+    rows += [row("bn", seed, value if seed == 1 else 1.2, diverged=seed == 1) for seed in range(1, 6)]
+    verdict = next(iter(claim().judge(rows).by_setting.values()))
+    assert [rate.diverged for rate in verdict.divergence] == [1, 0]
+    # In place of the run: what its row says, or the worst value there is.
+    assert verdict.effect == pytest.approx(((value if value == 3.0 else 1.2) + 4 * 1.2) / 5 - 1.003)
+    all_diverged = [row(arm, seed, math.nan, diverged=True) for arm in ("ln", "bn") for seed in range(1, 6)]
+    assert claim().judge(all_diverged).kind == "inconclusive"

@@ -36,6 +36,7 @@ def test_tuning_then_the_best_rate_for_the_verdict(bench: Bench):
         *(("verdict", arm, 1e-2, seed) for arm in ("ln", "bn_step") for seed in (1, 2)),
     ]
     assert [row.value for row in rows if row.arm == "bn_step" and row.phase == "verdict"] == [0.501, 0.502]
+    assert claim.judge(rows).kind == "supported"
     assert {row.run_id for row in rows[:4]} >= set(bench.starts()[:2]), "tuning runs come first"
     assert "ln 0.01 (end of the sweep)" in said
     assert "z1_ln_is_better (small): supported: ln is 0.5 nats better than bn_step" in said

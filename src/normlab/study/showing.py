@@ -56,17 +56,15 @@ def print_plan(study: Study, workers: int, console: Console) -> None:
     for state in states:
         for run in state.ready:
             users.setdefault(run.id, []).append(f"{state.claim.id} {run.phase} {run.setting}/{run.arm}")
-    table = Table(box=None, pad_edge=False)
-    for name in ("run", "rate", "seed", "for"):
-        table.add_column(name, overflow="fold")
+    width = max(map(len, users), default=0)
     for job in study.jobs(states):
-        table.add_row(job.id, f"{job.config.optim.lr:g}", str(job.config.seed), ", ".join(users[job.id]))
-    if users:
-        console.print(table, highlight=False, markup=False)
+        about = f"rate {job.config.optim.lr:<6g} seed {job.config.seed:<4} {', '.join(users[job.id])}"
+        console.print(f"{job.id:{width}}  {about}", highlight=False, markup=False, soft_wrap=True)
     waiting = len({run.id for state in states for run in state.waiting})
     if waiting:
         console.print(f"then {waiting} verdict runs, at rates that tuning chooses", highlight=False)
-    console.print(f"{len(users)} runs to do now; {_time_left(study, states, workers)}", highlight=False)
+    left = _time_left(study, states, workers)
+    console.print(f"{len(users)} runs to do now; about {left} for all with {workers} workers", highlight=False)
 
 
 def summary(study: Study, state: ClaimState) -> str:
@@ -113,7 +111,7 @@ class Display:
         done, total = _counts(states)
         left = _time_left(self.study, states, max(1, len(jobs)))
         head = Table.grid(padding=(0, 1))
-        head.add_row(Text("runs"), ProgressBar(total, done, width=40), Text(f"{done}/{total}, {left}"))
+        head.add_row(Text("runs"), ProgressBar(total, done, width=30), Text(f"{done}/{total}, about {left} left"))
         lines = [Text(f"  {job.id}  {_progress(job)}", overflow="ellipsis", no_wrap=True) for job in jobs]
         if elsewhere:
             lines.append(Text(f"  {len(elsewhere)} more in another process"))
@@ -136,7 +134,7 @@ def _counts(states: Sequence[ClaimState]) -> tuple[int, int]:
 
 def _time_left(study: Study, states: Sequence[ClaimState], workers: int) -> str:
     seconds = study.seconds([run for state in states for run in state.missing])
-    return f"about {duration(None if seconds is None else seconds / workers)} left with {workers} workers"
+    return duration(None if seconds is None else seconds / workers)
 
 
 def _rates(state: ClaimState) -> str:
