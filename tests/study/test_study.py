@@ -64,8 +64,10 @@ def test_arguments_share_runs(bench: Bench):
 
 
 def test_one_verdict_run_of_two_arguments_is_one_job_with_the_probes_of_both(bench: Bench):
-    bench.run()
-    study = bench.study(tiny_claim(bench.text), tiny_claim(bench.text, "z2_discrepancy", DISCREPANCY))
+    one = (1e-2,)
+    study = bench.study(
+        tiny_claim(bench.text, rates=one), tiny_claim(bench.text, "z2_discrepancy", DISCREPANCY, rates=one)
+    )
     jobs = study.jobs([study.state(claim) for claim in study.claims])
     assert len(jobs) == 4
     assert [dict(job.probes) for job in jobs] == [{"discrepancy": {"batches": 2}}] * 4
