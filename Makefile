@@ -5,13 +5,15 @@ MODEL ?=
 DATA ?=
 SEED ?=
 CONFIG ?=
+CLAIM ?=
+SCALE ?=
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check format watch norms bench lock clean
+.PHONY: help setup train study test check format watch norms bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -25,6 +27,10 @@ help: ## print this help
 	@echo "    SEED    of weights, batch order and dropout"
 	@echo "    CONFIG  a file in configs/"
 	@echo "    ARGS    any other flag, e.g. ARGS=\"--optim.lr 1e-3 --training.steps 1000\""
+	@echo
+	@echo "  variables of make study:"
+	@echo "    CLAIM   an argument's id or the beginning of it, the letter of a section, or all"
+	@echo "    SCALE   small (CPU, minutes) or full (one GPU)"
 	@echo
 	@echo "  make train NORM=ln MODEL=lstm DATA=ptb_char SEED=3"
 	@echo "  every flag: $(PY) -m normlab train --help"
@@ -40,6 +46,9 @@ $(READY): pyproject.toml constraints.txt
 
 train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
 	@$(PY) -m normlab train $(if $(CONFIG),--config "$(CONFIG)") $(if $(MODEL),--model "$(MODEL)") $(if $(NORM),--norm "$(NORM)") $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
+
+study: $(READY) ## run what an argument still misses: CLAIM SCALE; without CLAIM list all
+	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(ARGS)
 
 test: $(READY) ## run the test suite
 	@$(PY) -m pytest -n 2 $(ARGS)

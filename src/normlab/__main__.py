@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -45,6 +46,7 @@ usage: python -m normlab COMMAND ...
 commands:
   train   train one run and record it      python -m normlab train --norm ln --model lstm --data pydocs
   show    show the record of a run         python -m normlab show RUN
+  study   run what an argument misses      python -m normlab study [CLAIM]
   probe   measure on a finished run        python -m normlab probe NAME RUN
 
 python -m normlab COMMAND --help says more; `make` lists what make can do."""
@@ -53,7 +55,7 @@ python -m normlab COMMAND --help says more; `make` lists what make can do."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "show": _show, "probe": _probe}
+    commands = {"train": _train, "show": _show, "probe": _probe, "study": _study}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -120,6 +122,31 @@ def _probe(arguments: list[str]) -> int:
 
     show_measurement(run_probe(cls(**options), runs, runs_dir=runs_dir))
     return 0
+
+
+def _study(arguments: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="python -m normlab study",
+        description="Run what an argument still misses, and write its table of results; without one, list all.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("claim", type=str, nargs="?", help="id or the beginning of one, letter of a section, or all")
+    parser.add_argument(
+        "--scale", type=Literal["small", "full"], default="small", help="small (CPU, minutes) or full (one GPU)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the runs instead")
+    parser.add_argument("--workers", type=int, default=0, help="runs at once; 0 takes one per core, at scale full 1")
+    parser.add_argument("--wandb", type=Literal["auto", "online", "offline", "off"], default="off", help="as of train")
+    parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
+    parser.add_argument("--results_dir", type=str, default="results", help="folder of the tables")
+    options = _parse(parser, arguments)
+    from normlab.study.command import study
+
+    output = OutputConfig(runs_dir=options.runs_dir, wandb=options.wandb, progress=False)
+    return study(
+        options.claim, options.scale, output, Path(options.results_dir), options.workers, dry_run=options.dry_run
+    )
 
 
 def _exit_code(state: str, reason: str) -> int:

@@ -39,6 +39,7 @@ __all__ = [
     "available_probes",
     "check_norm_options",
     "config_from_dict",
+    "config_hash",
     "config_to_dict",
     "model_label",
     "require_choice",
@@ -601,11 +602,16 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def run_id(config: RunConfig) -> str:
-    """A readable name and 8 hex digits of the SHA-256 of everything that decides the numbers."""
+def config_hash(config: RunConfig) -> str:
+    """SHA-256, in hex, of everything that decides the numbers."""
     deciding = _deciding(config)
     del deciding["output"]
-    digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def run_id(config: RunConfig) -> str:
+    """A readable name and the first 8 digits of `config_hash`."""
+    digest = config_hash(config)[:8]
     corpus = re.sub(r"[^a-z0-9]+", "_", Path(config.data.corpus).stem.lower()).strip("_") or "text"
     return f"{model_label(config.model)}-{config.model.norm}-{corpus[:24]}-s{config.seed}-{digest}"
 

@@ -1,0 +1,39 @@
+"""D4: LN is the answer to what recurrent nets make of batch normalization."""
+
+from normlab.claims.base import Claim, Comparison, Setting
+from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arm
+from normlab.claims.measurements import Measurement, Tail, result
+
+MARGIN = 0.01
+REASON = "what LN gained over no norm in Laurent et al. 2017: 1.455 to 1.439 bits per character, 0.011 nats"
+
+CLAIM = Claim(
+    id="d4_ln_solves_it",
+    sentence="Layer normalization has none of batch normalization's problems with sequences, and does better.",
+    source="the note, recurrent networks; Ba, Kiros & Hinton 2016, arXiv 1607.06450",
+    kind="measured",
+    settings={
+        "char_lstm": Setting(
+            CHAR_LSTM,
+            {"none": norm_arm("none"), "ln": norm_arm("ln"), "bn_step": norm_arm("bn_step")},
+            LSTM_RATES,
+        )
+    },
+    measurements=(
+        Measurement("test_loss_nats", "nats", True, result("test_loss_nats", "unigram_test_loss_nats")),
+        Measurement("train_mode_loss_nats", "nats", True, Tail("train_loss_nats")),
+        Measurement(
+            "test_running_loss_nats",
+            "nats",
+            True,
+            result("test_running_loss_nats", "test_loss_nats", "unigram_test_loss_nats"),
+        ),
+    ),
+    comparisons=tuple(
+        Comparison("ln", control, measurement, "better", MARGIN, REASON)
+        for control in ("bn_step", "none")
+        for measurement in ("test_loss_nats", "train_mode_loss_nats")
+    ),
+    tuning_seeds=TUNING_SEEDS,
+    verdict_seeds=VERDICT_SEEDS,
+)

@@ -1,0 +1,128 @@
+"""What is read from a run's record: a result, the tail of a curve, when a loss is reached, what a probe measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from normlab.config import InputError
+from normlab.records.record import RunRecord
+
+__all__ = ["Measurement", "Probed", "Reach", "Read", "Result", "Tail", "probe", "result"]
+
+Peers = Mapping[str, RunRecord]
+"""Records of the other arms at the same setting and seed, by arm."""
+
+
+class Read(Protocol):
+    """A place in a record. NaN if a diverged run has no such number.
+
+    Raises:
+        InputError: a finished run lacks it.
+    """
+
+    def __call__(self, record: RunRecord, peers: Peers) -> float: ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number per run.
+
+    Args:
+        name: with its unit, such as test_loss_nats; a column of the results.
+        unit: for the report.
+        lower_is_better: which direction is better.
+        read: where it stands.
+    """
+
+    name: str
+    unit: str
+    lower_is_better: bool
+    read: Read
+
+    def is_readable(self, peers: Peers) -> bool:
+        """Whether the record of every arm that it looks at is there."""
+        return not isinstance(self.read, Reach) or self.read.of in peers
+
+
+@dataclass(frozen=True)
+class Result:
+    """A number of `outcome.json`: the first of `names` that stands there; `result` makes one."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, record: RunRecord, peers: Peers) -> float:
+        outcome = record.outcome()
+        for name in self.names:
+            if name in outcome.results:
+                return float(outcome.results[name])
+        return _missing(record, " or ".join(self.names))
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Mean of the last `rows` values of a metric, such as the training loss in training mode, of single batches."""
+
+    metric: str
+    rows: int = 10
+
+    def __call__(self, record: RunRecord, peers: Peers) -> float:
+        values = [float(row[self.metric]) for row in record.metrics() if self.metric in row]
+        if not values or record.outcome().state == "diverged":
+            return _missing(record, self.metric)
+        return math.fsum(values[-self.rows :]) / len(values[-self.rows :])
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Optimizer steps, or seconds of training, until a loss is as low as the best one of arm `of` at the same seed.
+
+    A run that never gets there counts with its last value on that axis: too little, never too much.
+    """
+
+    axis: Literal["step", "seconds"]
+    of: str
+    metric: str = "valid_loss_nats"
+
+    def __call__(self, record: RunRecord, peers: Peers) -> float:
+        rows = [row for row in record.metrics() if self.metric in row]
+        best = [float(row[self.metric]) for row in peers[self.of].metrics() if self.metric in row]
+        goal = min(best, default=math.nan)
+        if not rows or record.outcome().state == "diverged" or math.isnan(goal):
+            return _missing(record, self.metric)
+        return float(next((row for row in rows if row[self.metric] <= goal), rows[-1])[self.axis])
+
+
+@dataclass(frozen=True)
+class Probed:
+    """A number in the summary of a probe with `options` beyond its defaults; `probe` makes one."""
+
+    probe: str
+    key: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, record: RunRecord, peers: Peers) -> float:
+        summary = record.probe(self.probe).get("summary", {})
+        return float(summary[self.key]) if self.key in summary else _missing(record, f"{self.probe}: {self.key}")
+
+
+def result(*names: str) -> Result:
+    """What the outcome says under the first of `names` that it has.
+
+    Further names say what counts for a run that lacks the first: a norm without stored statistics has no loss with
+    running averages but its own; a diverged language model is given the loss of the unigram distribution.
+    """
+    return Result(names)
+
+
+def probe(name: str, key: str, **options: Any) -> Probed:
+    """What the probe `name` says under `key`; the probe is run on each verdict run of a claim that measures it."""
+    return Probed(name, key, tuple(sorted(options.items())))
+
+
+def _missing(record: RunRecord, what: str) -> float:
+    if record.outcome().state == "diverged":
+        return math.nan
+    raise InputError(f"run {record.id} has no {what}; move its folder away and run the study again")

@@ -1,0 +1,1 @@
+"""Where runs happen: worker processes on this machine."""

@@ -1,0 +1,63 @@
+"""One job in a process of its own: python -m normlab.execution.worker JOB.yaml, as `LocalWorkers` starts it.
+
+Standard input is a pipe from the parent. When it closes, the parent is gone, however it ended, and the run is stopped
+as by SIGTERM: with a checkpoint, to be resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from normlab.config import InputError
+from normlab.execution.jobs import JOB_FILE, Job, read_job
+from normlab.records.disk import to_json, write_atomically
+
+__all__ = ["main", "perform"]
+
+BEGAN = time.monotonic()
+
+
+def main() -> int:
+    """Exit code: 0 done, 2 with one line on standard error for what a user can mend, 143 stopped before the end."""
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    try:
+        done = perform(read_job(Path(sys.argv[1])))
+    except InputError as error:
+        print(f"normlab: error: {error}", file=sys.stderr)
+        return 2
+    return 0 if done else 143
+
+
+def perform(job: Job) -> bool:
+    """Train the run if it has not ended, then measure what is missing; False if it was stopped before its end."""
+    is_whole = not job.record.metrics()
+    if not job.is_trained():
+        from normlab.training.run import train
+
+        train(job.config)
+        if not job.is_trained():
+            return False
+    missing = job.missing_probes()
+    if missing:
+        from normlab.training.probing import run_probe
+
+        for name in missing:
+            run_probe(name, [job.record.folder], job.probes[name], job.config.output.runs_dir)
+    if is_whole:  # else this is the time of a part
+        write_atomically(job.record.folder / JOB_FILE, to_json({"job_seconds": time.monotonic() - BEGAN}) + "\n")
+    return True
+
+
+def _stop_with_parent() -> None:
+    while os.read(0, 1):  # not sys.stdin, whose lock an ending interpreter would wait for
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

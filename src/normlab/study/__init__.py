@@ -1,0 +1,1 @@
+"""Studies: the runs that arguments still miss, planned, run and shown."""

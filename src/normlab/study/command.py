@@ -1,0 +1,44 @@
+"""`python -m normlab study`: from what was asked to a list, a plan or the runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from normlab.claims import available_claims, load_claim, select_claims
+from normlab.claims.base import SCALES, Scale
+from normlab.config import InputError, OutputConfig
+from normlab.execution.local import available_cores
+from normlab.study.plan import Study
+from normlab.study.running import run_study
+from normlab.study.showing import list_claims, print_plan, study_console
+
+__all__ = ["study"]
+
+
+def study(wanted: str | None, scale: Scale, output: OutputConfig, results: Path, workers: int, dry_run: bool) -> int:
+    """List all arguments, or print or run what those that `wanted` means still miss.
+
+    Args:
+        workers: runs at once; 0 takes one per core, at scale full one, which has the GPU to itself.
+
+    Returns:
+        The exit code: 1 if an argument is not complete in the end.
+    """
+    if workers < 0:
+        raise InputError(f"workers is {workers}; it must be at least 1, or 0 for one per core")
+    console = study_console()
+    if wanted is None:
+        claims = [load_claim(name) for name in available_claims()]
+        measured = [claim for claim in claims if claim.settings]
+        studies = [Study([c for c in measured if each in c.scales()], each, output, results) for each in SCALES]
+        list_claims(studies, [claim for claim in claims if not claim.settings], console)
+        return 0
+    claims = [claim for claim in select_claims(wanted) if claim.settings]
+    if not claims:
+        raise InputError(f"{wanted} is decided by tests alone: make test")
+    chosen = Study(claims, scale, output, results)
+    workers = workers or (available_cores() if scale == "small" else 1)
+    if dry_run:
+        print_plan(chosen, workers, console)
+        return 0
+    return 1 if run_study(chosen, workers, console) else 0

@@ -1,0 +1,229 @@
+"""What the chosen arguments want and what of it is missing, and their rows in `results/<scale>/<claim>.csv`.
+
+    tuning runs -> the rate of each arm, as soon as its sweep is complete -> its verdict runs -> rows
+
+The state is on disk: records in the runs folder, and the rows of runs whose records are elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from normlab.claims.base import TUNING, Claim, PlannedRun, Rates, Scale
+from normlab.claims.measurements import Measurement
+from normlab.claims.rows import Phase, Row, read_rows, write_rows
+from normlab.config import InputError, OutputConfig, config_hash
+from normlab.data.corpora import require_corpus
+from normlab.execution.durations import Durations
+from normlab.execution.jobs import Job
+from normlab.records.record import RunRecord
+
+__all__ = ["ClaimState", "Study"]
+
+
+@dataclass(frozen=True)
+class ClaimState:
+    """How far one argument is.
+
+    Args:
+        rates: chosen so far.
+        runs: all that it wants; verdict runs of arms without a rate are planned with the first of the sweep.
+        ready: those to be run now.
+        waiting: verdict runs to be run once their arm has a rate.
+    """
+
+    claim: Claim
+    rates: Rates
+    runs: list[PlannedRun]
+    ready: list[PlannedRun]
+    waiting: list[PlannedRun]
+
+    @property
+    def missing(self) -> list[PlannedRun]:
+        return [*self.ready, *self.waiting]
+
+
+@dataclass
+class Study:
+    """The runs that some arguments want at one scale, and which of them are done.
+
+    Args:
+        claims: the arguments.
+        scale: small or full.
+        output: where records go, and who watches.
+        results: folder of the tables.
+
+    Raises:
+        InputError: an argument does not have that scale, its corpus is not here, or two want a probe of one run with
+            different options.
+    """
+
+    claims: Sequence[Claim]
+    scale: Scale
+    output: OutputConfig = field(default_factory=lambda: OutputConfig(wandb="off", progress=False))
+    results: Path = Path("results")
+
+    def __post_init__(self) -> None:
+        for claim in self.claims:
+            if self.scale not in claim.scales():
+                scales = ", ".join(claim.scales())
+                raise InputError(f"argument {claim.id} has no scale {self.scale!r}; it has: {scales}")
+        self.durations = Durations()
+        self._kept = {claim.id: self._table_rows(claim) for claim in self.claims}
+        self._tuning = {claim.id: claim.tuning_runs(self.scale) for claim in self.claims}
+        self._records: dict[tuple[str, ...], RunRecord] = {}
+        self._read: dict[tuple[str, ...], Row] = {}
+        everything = [(claim, run) for claim in self.claims for run in self.state(claim).runs]
+        self._jobs(everything)
+
+    def require_corpora(self) -> None:
+        """Raise `InputError` unless the corpora of all arguments are here."""
+        for claim in self.claims:
+            for data in {setting.base[self.scale].data for setting in claim.settings.values()}:
+                try:
+                    require_corpus(data)
+                except InputError as error:
+                    raise InputError(f"argument {claim.id}: {error}") from None
+
+    def table(self, claim: Claim) -> Path:
+        return self.results / self.scale / f"{claim.id}.csv"
+
+    def state(self, claim: Claim) -> ClaimState:
+        """As the disk says it now."""
+        tuning = self._tuning[claim.id]
+        rates = claim.choose_rates(self._rows(claim, tuning, (TUNING,)))
+        first = {
+            (name, arm): setting.learning_rates[0] for name, setting in claim.settings.items() for arm in setting.arms
+        }
+        verdict = claim.verdict_runs(self.scale, {**first, **rates})
+        ready = [run for run in tuning if not self._has(claim, run)]
+        tuned = [run for run in verdict if (run.setting, run.arm) in rates]
+        ready += [run for run in tuned if not self._has(claim, run)]
+        waiting = [run for run in verdict if (run.setting, run.arm) not in rates]
+        return ClaimState(claim, rates, [*tuning, *verdict], ready, waiting)
+
+    def jobs(self, states: Sequence[ClaimState]) -> list[Job]:
+        """What is to be run now, each run once: tuning runs first, then verdict runs seed by seed, so that pairs are
+        complete early; the arguments take turns."""
+        wanted = [(state.claim, run, turn) for state in states for turn, run in enumerate(state.ready)]
+        seeds = {claim.id: claim.verdict_seeds for claim in self.claims}
+
+        def order(item: tuple[Claim, PlannedRun, int]) -> tuple[bool, int]:
+            claim, run, turn = item
+            is_verdict = run.phase == "verdict"
+            return is_verdict, seeds[claim.id].index(run.config.seed) if is_verdict else turn
+
+        return self._jobs([(claim, run) for claim, run, _ in sorted(wanted, key=order)])
+
+    def rows(self, state: ClaimState) -> list[Row]:
+        """All rows there are, in the order of the plan: from records, and from the table for runs without one."""
+        tuning = [run for run in state.runs if run.phase == "tuning"]
+        verdict = [run for run in state.runs if run.phase == "verdict" and (run.setting, run.arm) in state.rates]
+        claim = state.claim
+        return [*self._rows(claim, tuning, (TUNING,)), *self._rows(claim, verdict, claim.measurements)]
+
+    def write(self, state: ClaimState) -> None:
+        """Write the argument's table, if there is a row."""
+        rows = self.rows(state)
+        if rows:
+            write_rows(self.table(state.claim), rows)
+
+    def seconds(self, runs: Sequence[PlannedRun]) -> float | None:
+        """Estimated seconds of one worker for all `runs`, each once; None if nothing like them was ever run."""
+        estimates = [self.durations.estimate(config) for config in {run.id: run.config for run in runs}.values()]
+        known = [seconds for seconds in estimates if seconds is not None]
+        return sum(known) / len(known) * len(estimates) if known else (None if estimates else 0.0)
+
+    def _table_rows(self, claim: Claim) -> dict[tuple[Phase, str, str, int], list[Row]]:
+        rows: dict[tuple[Phase, str, str, int], list[Row]] = {}
+        for row in read_rows(self.table(claim)):
+            rows.setdefault((row.phase, row.setting, row.arm, row.seed), []).append(row)
+        return rows
+
+    def _jobs(self, wanted: Sequence[tuple[Claim, PlannedRun]]) -> list[Job]:
+        jobs: dict[str, Job] = {}
+        for claim, run in wanted:
+            job = self._job(claim, run)
+            jobs[run.id] = jobs[run.id].joined(job) if run.id in jobs else job
+        return list(jobs.values())
+
+    def _job(self, claim: Claim, run: PlannedRun) -> Job:
+        config = dataclasses.replace(run.config, output=dataclasses.replace(self.output, claim=claim.id))
+        probes = claim.probes if run.phase == "verdict" else []
+        return Job(config, {read.probe: dict(read.options) for read in probes})
+
+    def _record(self, claim: Claim, run: PlannedRun) -> RunRecord | None:
+        """The record of a run that is done, probes and all. What is done stays so: disk is asked until then."""
+        key = (claim.id, run.phase, run.id)
+        if key not in self._records:
+            job = self._job(claim, run)
+            if not job.is_done():
+                return None
+            self._records[key] = job.record
+            self.durations.add(run.config, job.seconds())
+        return self._records[key]
+
+    def _has(self, claim: Claim, run: PlannedRun) -> bool:
+        """Whether its numbers are there. Those of a table count if all arms at that seed are in it: a measurement may
+        look at the record of another arm, and a pair is best from one machine."""
+        if self._record(claim, run) is not None:
+            return True
+        rows = [row for row in self._kept_rows(claim, run, run.arm) if row.run_id == run.id]
+        if rows:
+            self.durations.add(run.config, rows[0].seconds)
+        if run.phase == "tuning":
+            return bool(rows)
+        wanted = {measurement.name for measurement in claim.measurements}
+        arms = claim.settings[run.setting].arms
+        return bool(rows) and all(
+            wanted <= {row.measurement for row in self._kept_rows(claim, run, arm)} for arm in arms
+        )
+
+    def _kept_rows(self, claim: Claim, run: PlannedRun, arm: str) -> list[Row]:
+        """Rows of the table as it was found, of `arm` where `run` is."""
+        return self._kept[claim.id].get((run.phase, run.setting, arm, run.config.seed), [])
+
+    def _rows(self, claim: Claim, runs: Sequence[PlannedRun], measurements: Sequence[Measurement]) -> list[Row]:
+        records = [(run, self._record(claim, run)) for run in runs]
+        peers: dict[tuple[str, int], dict[str, RunRecord]] = {}
+        for run, record in records:
+            if record is not None:
+                peers.setdefault((run.setting, run.config.seed), {})[run.arm] = record
+        rows: list[Row] = []
+        for run, record in records:
+            others = peers.get((run.setting, run.config.seed), {})
+            kept = self._kept_rows(claim, run, run.arm)
+            for measurement in measurements:
+                key = (claim.id, measurement.name, *run.key)
+                if key not in self._read and record is not None and measurement.is_readable(others):
+                    self._read[key] = _row(run, measurement, record, measurement.read(record, others))
+                row = self._read.get(key) or next(
+                    (row for row in kept if (row.run_id, row.measurement) == (run.id, measurement.name)), None
+                )
+                if row is not None:
+                    rows.append(row)
+        return rows
+
+
+def _row(run: PlannedRun, measurement: Measurement, record: RunRecord, value: float) -> Row:
+    outcome, environment = record.outcome(), record.environment()
+    git = environment.get("git", {})
+    commit = (git.get("commit") or "") + ("+" if git.get("dirty") else "")
+    return Row(
+        setting=run.setting,
+        arm=run.arm,
+        seed=run.config.seed,
+        phase=run.phase,
+        learning_rate=run.config.optim.lr,
+        measurement=measurement.name,
+        value=value,
+        diverged=outcome.state == "diverged",
+        run_id=run.id,
+        config_hash=config_hash(run.config),
+        commit=commit,
+        machine=str(environment.get("machine", "")),
+        seconds=round(outcome.seconds, 3),
+    )

@@ -1,0 +1,125 @@
+"""Runs a study on this machine until nothing is missing.
+
+A study that was killed goes on where it was. Two studies at once share the work: a run that another process trains is
+left to it, and waited for at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from normlab.config import InputError
+from normlab.execution.jobs import Job
+from normlab.execution.local import Ended, LocalWorkers
+from normlab.study.plan import ClaimState, Study
+from normlab.study.showing import Display, summary
+
+__all__ = ["run_study"]
+
+ATTEMPTS = 2
+"""A failed run is tried once more: its worker may have been killed for memory that others took."""
+
+POLL_SECONDS = 0.5
+ELSEWHERE_SECONDS = 2.0
+"""Between two looks at runs of another process."""
+
+
+def run_study(study: Study, workers: int, console: Console) -> int:
+    """Run what is missing with so many workers at once, and write the tables; a line per argument at the end.
+
+    Returns:
+        The number of arguments that are not complete: some of their runs failed.
+    """
+    study.require_corpora()
+    runner = _Runner(study, console)
+    try:
+        with LocalWorkers(workers, Path(study.output.runs_dir) / ".study") as pool, Display(study, console) as display:
+            runner.run(pool, display)
+    finally:
+        # Also after Ctrl-C: a table holds what is there, and the next study adds to it.
+        states = runner.write()
+    for id_, reason in runner.failed.items():
+        console.print(f"failed twice: {id_}: {reason}", highlight=False, markup=False, soft_wrap=True)
+    for state in states:
+        console.print(summary(study, state), highlight=False, markup=False, soft_wrap=True)
+    return sum(bool(state.missing) for state in states)
+
+
+class _Runner:
+    """What happened so far in this process; all else is on disk."""
+
+    def __init__(self, study: Study, console: Console) -> None:
+        self.study = study
+        self.console = console
+        self.attempts: Counter[str] = Counter()
+        self.failed: dict[str, str] = {}
+        self.written: set[str] = set()
+
+    def run(self, pool: LocalWorkers, display: Display) -> None:
+        states, looked = self._look(), time.monotonic()
+        while True:
+            elsewhere = self._fill(pool, states)
+            display.show(states, pool.jobs, elsewhere)
+            if not pool.jobs and not elsewhere:
+                return
+            time.sleep(POLL_SECONDS)
+            over = pool.ended()
+            if over or (elsewhere and time.monotonic() - looked > ELSEWHERE_SECONDS):
+                states, looked = self._look(), time.monotonic()
+            for ended in over:
+                self._note(ended)
+                display.ended(ended, states)
+
+    def write(self) -> list[ClaimState]:
+        """Write the tables of all arguments as far as they are."""
+        states = [self.study.state(claim) for claim in self.study.claims]
+        for state in states:
+            self._write(state)
+        return states
+
+    def _look(self) -> list[ClaimState]:
+        states = [self.study.state(claim) for claim in self.study.claims]
+        for state in states:
+            if not state.missing and state.claim.id not in self.written:
+                self._write(state)
+        return states
+
+    def _write(self, state: ClaimState) -> None:
+        self.written.add(state.claim.id)
+        try:
+            self.study.write(state)
+        except InputError as error:
+            self.console.print(f"{state.claim.id}: {error}", highlight=False, markup=False, soft_wrap=True)
+
+    def _fill(self, pool: LocalWorkers, states: Sequence[ClaimState]) -> list[Job]:
+        """Give every free worker a job; returns those that another process has in hand, or just had."""
+        busy = {job.id for job in pool.jobs}
+        elsewhere = []
+        for job in self.study.jobs(states):
+            if not pool.free:
+                break
+            if job.id in busy or job.id in self.failed:
+                continue
+            if job.record.outcome().state == "running" or job.is_done():  # done since the last look
+                elsewhere.append(job)
+            else:
+                self.attempts[job.id] += 1
+                pool.start(job)
+        return elsewhere
+
+    def _note(self, ended: Ended) -> None:
+        job = ended.job
+        if job.is_done():
+            return
+        if job.record.outcome().state == "running":
+            self.attempts[job.id] -= 1  # another process was faster
+        elif self.attempts[job.id] >= ATTEMPTS:
+            self.failed[job.id] = f"{ended.reason or 'it left no result'}; its log: {self._log(job)}"
+
+    def _log(self, job: Job) -> Path:
+        return Path(self.study.output.runs_dir) / ".study" / f"{job.id}.log"

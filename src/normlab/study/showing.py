@@ -1,0 +1,169 @@
+"""What a study says: the list of arguments, the runs to come, one progress display, a line per argument at the end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from normlab.claims.base import Claim
+from normlab.config import InputError
+from normlab.execution.jobs import Job
+from normlab.execution.local import Ended
+from normlab.records.disk import parse_json
+from normlab.study.plan import ClaimState, Study
+
+__all__ = ["Display", "list_claims", "print_plan", "study_console", "summary"]
+
+WINDOW_BYTES = 4096
+"""The last rows of a curve are within so much of its end."""
+
+
+def study_console() -> Console:
+    """In a pipe nothing is cut off."""
+    return Console(width=None if os.isatty(1) else 140)
+
+
+def list_claims(studies: Sequence[Study], exact: Sequence[Claim], console: Console) -> None:
+    """All arguments: id, kind, scale, runs done and missing, time that the missing ones take one worker."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("argument", "kind", "scale"):
+        table.add_column(name, no_wrap=True)
+    for name in ("done", "missing", "time on 1 core"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows: list[tuple[str, ...]] = [(claim.id, claim.kind, "", "", "", "make test") for claim in exact]
+    for study in studies:
+        for claim in study.claims:
+            state = study.state(claim)
+            ids, missing = {run.id for run in state.runs}, {run.id for run in state.missing}
+            time = duration(study.seconds(state.missing))
+            rows.append((claim.id, claim.kind, study.scale, str(len(ids - missing)), str(len(missing)), time))
+    for row in sorted(rows, key=lambda row: row[0]):
+        table.add_row(*row)
+    console.print(table, highlight=False, markup=False)
+
+
+def print_plan(study: Study, workers: int, console: Console) -> None:
+    """The runs that the study would do."""
+    states = [study.state(claim) for claim in study.claims]
+    users: dict[str, list[str]] = {}
+    for state in states:
+        for run in state.ready:
+            users.setdefault(run.id, []).append(f"{state.claim.id} {run.phase} {run.setting}/{run.arm}")
+    width = max(map(len, users), default=0)
+    for job in study.jobs(states):
+        about = f"rate {job.config.optim.lr:<6g} seed {job.config.seed:<4} {', '.join(users[job.id])}"
+        console.print(f"{job.id:{width}}  {about}", highlight=False, markup=False, soft_wrap=True)
+    waiting = len({run.id for state in states for run in state.waiting})
+    if waiting:
+        console.print(f"then {waiting} verdict runs, at rates that tuning chooses", highlight=False)
+    left = _time_left(study, states, workers)
+    console.print(f"{len(users)} runs to do now; about {left} for all with {workers} workers", highlight=False)
+
+
+def summary(study: Study, state: ClaimState) -> str:
+    """How far an argument is, in one line."""
+    claim = state.claim
+    where = f"{claim.id} ({study.scale})"
+    if state.missing:
+        return f"{where}: {len(state.missing)} of {len(state.runs)} runs missing"
+    try:
+        verdict = claim.judge(study.rows(state))
+    except InputError as error:
+        return f"{where}: {error}"
+    return f"{where}: {verdict.kind}: {verdict.why}; rates: {_rates(state)}; {study.table(claim)}"
+
+
+def duration(seconds: float | None) -> str:
+    """Such as 45 s, 12 min or 3.4 h; ? if unknown."""
+    if seconds is None:
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Display:
+    """Runs done of all, time left, losses of those under way; without a terminal, a line per ended run."""
+
+    def __init__(self, study: Study, console: Console) -> None:
+        self.study = study
+        self.console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._live.stop()
+
+    def show(self, states: Sequence[ClaimState], jobs: Sequence[Job], elsewhere: Sequence[Job]) -> None:
+        if not self.console.is_terminal:
+            return
+        done, total = _counts(states)
+        left = _time_left(self.study, states, max(1, len(jobs)))
+        head = Table.grid(padding=(0, 1))
+        head.add_row(Text("runs"), ProgressBar(total, done, width=30), Text(f"{done}/{total}, about {left} left"))
+        lines = [Text(f"  {job.id}  {_progress(job)}", overflow="ellipsis", no_wrap=True) for job in jobs]
+        if elsewhere:
+            lines.append(Text(f"  {len(elsewhere)} more in another process"))
+        self._live.update(Group(head, *lines), refresh=True)
+
+    def ended(self, ended: Ended, states: Sequence[ClaimState]) -> None:
+        """Say that a run ended; in a terminal only if it did not do what it should."""
+        if ended.reason or not self.console.is_terminal:
+            done, total = _counts(states)
+            how = ended.reason or _progress(ended.job)
+            self.console.print(f"{done}/{total} {ended.job.id}: {how}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _counts(states: Sequence[ClaimState]) -> tuple[int, int]:
+    """Runs done and wanted, each once. One whose rate is not chosen counts by its arm: it may turn out to be shared."""
+    ids = {run.id for state in states for run in state.runs}
+    missing = {run.id for state in states for run in state.missing}
+    return len(ids - missing), len(ids)
+
+
+def _time_left(study: Study, states: Sequence[ClaimState], workers: int) -> str:
+    seconds = study.seconds([run for state in states for run in state.missing])
+    return duration(None if seconds is None else seconds / workers)
+
+
+def _rates(state: ClaimState) -> str:
+    """The chosen rates; one at the end of its sweep may not be the best there is."""
+    parts = []
+    for (setting, arm), rate in state.rates.items():
+        sweep = state.claim.settings[setting].learning_rates
+        edge = " (end of the sweep)" if len(sweep) > 1 and rate in (sweep[0], sweep[-1]) else ""
+        parts.append(f"{arm} {rate:g}{edge}")
+    return ", ".join(parts)
+
+
+def _progress(job: Job) -> str:
+    """Step and last losses of a run, from the end of its curve."""
+    rows = list(_last_rows(job.record.folder / "metrics.jsonl"))
+    if not rows:
+        return "starting"
+    losses = {name: row[name] for row in rows for name in ("train_loss_nats", "valid_loss_nats") if name in row}
+    said = ", ".join(f"{name.removesuffix('_loss_nats')} {value:.3f}" for name, value in losses.items())
+    return f"step {rows[-1]['step']}/{job.config.training.steps}: {said} nats"
+
+
+def _last_rows(path: Path) -> Iterator[dict]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - WINDOW_BYTES))
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return
+    for line in lines[:-1]:
+        if line.startswith(b"{"):  # the first may be torn
+            yield parse_json(line, str(path))

@@ -1,0 +1,64 @@
+"""Two small arguments that share their runs, and the study of them as a program: it can be killed.
+
+python tiny_study.py TEXT FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from normlab.claims.base import Claim, Comparison, Setting
+from normlab.claims.measurements import Measurement, Reach, probe, result
+from normlab.config import OutputConfig, RunConfig, config_from_dict
+from normlab.study.plan import Study
+from normlab.study.running import run_study
+
+ARMS = {"ln": {"model": {"norm": "ln"}}, "bn_step": {"model": {"norm": "bn_step", "norm_options": {"momentum": 0.2}}}}
+RATES = (1e-3, 1e-2)
+TEST_LOSS = Measurement("test_loss_nats", "nats", True, result("test_loss_nats", "unigram_test_loss_nats"))
+STEPS_TO_LN = Measurement("steps_to_ln", "steps", True, Reach("step", of="ln"))
+DISCREPANCY = Measurement("discrepancy_mean", "sigma", True, probe("discrepancy", "discrepancy_mean", batches=2))
+
+
+def base_run(text: Path) -> RunConfig:
+    return config_from_dict(
+        {
+            "model": {"width": 8},
+            "data": {"corpus": str(text), "tokens": "char", "batch_size": 4, "length": 8},
+            "training": {"steps": 200, "valid_every": 100, "checkpoint_every": 50, "activations_every": 0},
+        }
+    )
+
+
+def tiny_claim(
+    text: Path,
+    claim_id: str = "z1_ln_is_better",
+    measurement: Measurement = TEST_LOSS,
+    rates: tuple[float, ...] = RATES,
+) -> Claim:
+    return Claim(
+        id=claim_id,
+        sentence="LN is better than BN on a tiny text.",
+        source="a test",
+        kind="measured",
+        settings={"tiny": Setting({"small": base_run(text)}, ARMS, rates)},
+        measurements=(measurement,),
+        comparisons=(Comparison("ln", "bn_step", measurement.name, "better", 0.01, "a round number"),),
+        tuning_seeds=(7,),
+        verdict_seeds=(1, 2),
+    )
+
+
+def tiny_study(text: Path, folder: Path) -> Study:
+    """Two arguments with the same four runs."""
+    one_rate = (1e-2,)
+    claims = [tiny_claim(text, rates=one_rate), tiny_claim(text, "z2_discrepancy", DISCREPANCY, one_rate)]
+    output = OutputConfig(runs_dir=str(folder / "runs"), wandb="off", progress=False)
+    return Study(claims, "small", output, folder / "results")
+
+
+if __name__ == "__main__":
+    sys.exit(run_study(tiny_study(Path(sys.argv[1]), Path(sys.argv[2])), 2, Console(width=200)))
