@@ -70,7 +70,7 @@ watch: $(READY) ## open the terminal viewer on local runs
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py
 
-bench: $(READY) ## what norms cost in an LSTM (beside torch.nn.LSTM) and in a Transformer (beside ln): docs/speed.md; with ARGS the LSTM alone
+bench: $(READY) ## what norms cost in an LSTM (beside torch.nn.LSTM) and in a Transformer (beside ln); ARGS: the LSTM alone
 	@$(PY) scripts/bench_recurrence.py $(ARGS)
 	@$(if $(ARGS),true,$(PY) scripts/bench_transformer.py)
 
