@@ -51,7 +51,7 @@ study: $(READY) ## run what an argument still misses: CLAIM SCALE; without CLAIM
 	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(ARGS)
 
 test: $(READY) ## run the test suite
-	@$(PY) -m pytest -n 2 $(ARGS)
+	@$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 check: $(READY) ## lint, types, direction of imports
 	@$(VENV)/bin/ruff check .

@@ -167,6 +167,8 @@ def test_rows_of_a_table_stand_for_records_that_are_elsewhere(bench: Bench):
 def test_ctrl_c_stops_the_workers_and_keeps_what_there_is(bench: Bench, tiny_text: Path, tmp_path: Path):
     bench.order(bn_step="wait")
     code = (
+        # A study begun in the background of a shell would ignore Ctrl-C.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from rich.console import Console; from tiny_study import tiny_study\n"
         "from normlab.execution import local; from normlab.study.running import run_study\n"
         f"local.WORKER = {local.WORKER!r}\n"

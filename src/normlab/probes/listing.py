@@ -32,7 +32,7 @@ def show_measurement(values: Mapping[str, Any], console: Console | None = None) 
         table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
     console = console or _console()
     console.print(table, highlight=False, markup=False)
-    console.print(f"{len(values['rows'])} rows in {values['path']}", highlight=False, markup=False)
+    console.print(f"{len(values['rows'])} rows in {values['path']}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(*, no_wrap: bool) -> Table:
