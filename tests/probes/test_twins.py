@@ -74,6 +74,15 @@ def test_share_of_relu_active(activation: str, mode: str, subject: Build) -> Non
     assert row["active"] == pytest.approx(float((kept > 0).double().mean()), abs=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["brn", "pn"])
+def test_all_batches_see_the_same_model(norm: str, subject: Build) -> None:
+    """In training mode too: these normalize by what they stored."""
+    of = subject(model__norm=norm)
+    before = {name: buffer.clone() for name, buffer in of.model.named_buffers()}
+    ActivationStatistics(batches=2, mode="train").measure(of)
+    assert all(buffer.equal(before[name]) for name, buffer in of.model.named_buffers())
+
+
 def test_drift_is_between_the_two_checkpoints(subject: Build) -> None:
     of = subject(model__norm="none", model__learned_state=False)
     found = Drift(first="best", last="initial", batches=2)(of)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from normlab.config import require_choice
 from normlab.models.transformer import FeedForward
 from normlab.probes.base import Measurement, Probe, Row, Subject, site_summary
-from normlab.probes.sites import Call, Site, layer_of, model_sites, set_norms_training, watched
+from normlab.probes.sites import Call, Site, freeze_stored, layer_of, model_sites, set_norms_training, watched
 
 __all__ = ["ActivationStatistics", "SiteActivations"]
 
@@ -90,6 +90,7 @@ class ActivationStatistics(Probe):
     @torch.no_grad()
     def measure(self, subject: Subject) -> Measurement:
         set_norms_training(subject.model, self.mode == "train")
+        freeze_stored(subject.model)  # which pn and brn normalize by: all batches see the same model
         found: dict[tuple[Site, int | None], _Distribution] = {}
 
         def see(site: Site, call: Call) -> None:
