@@ -139,3 +139,11 @@ def test_every_linear_of_a_transformer(tied: bool, calls: list[str]):
     assert all(type(part) is Linear for part in linears)
     assert len(linears) == 4 * 2 + 1
     assert [calls.count(name) for name in ("product", "input_gradient", "weight_gradient")] == [9, 9, 9]
+
+
+def test_forward_mode_differentiation():
+    layer, x = Linear(I, O), torch.randn(4, I)
+    with torch.autograd.forward_ad.dual_level():
+        y = layer(torch.autograd.forward_ad.make_dual(x, x))
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, x @ layer.weight.t())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normlab.machine.products import choice, input_gradient, product, weight_gradient
+from normlab.norms import fused
 
 __all__ = ["Linear"]
 
@@ -21,8 +22,8 @@ FEWEST_MULTIPLICATIONS = 2**23
 
 class Linear(nn.Linear):
     """As torch.nn.Linear in everything but speed: on a CPU in float32 the three products of a training step are
-    those that `machine.products.choice` names. Elsewhere, for small inputs and under autocast, torch.compile and
-    torch.func it is torch.nn.Linear.
+    those that `machine.products.choice` names. Elsewhere, for small inputs and under autocast, torch.compile,
+    torch.func and forward-mode differentiation it is torch.nn.Linear.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -34,13 +35,12 @@ class Linear(nn.Linear):
 
     def _gains(self, x: Tensor) -> bool:
         return (
-            not torch.compiler.is_compiling()
+            fused.applies()
             and x.device.type == "cpu"
             and type(x) is Tensor  # a fake or functional one only stands for a tensor
             and x.dtype == self.weight.dtype == torch.float32
             and x.numel() * self.out_features >= FEWEST_MULTIPLICATIONS
             and not torch.is_autocast_enabled("cpu")
-            and not torch._C._are_functorch_transforms_active()
             and bool(choice().onednn)
         )
 

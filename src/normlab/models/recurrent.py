@@ -219,9 +219,8 @@ class Recurrent(nn.RNNBase):
         return ("reference", obstacle) if obstacle else ("fast", self.fast.engine(norms, weights.hidden.dtype, there))
 
     def uses_kernels(self) -> bool:
-        """Whether training steps on a CPU run on C kernels where these are built."""
-        norms = self._site_norms(self._suffixes()[0])
-        return self.backend_choice()[0] == "fast" and self.fast.on_kernels(norms)
+        """Whether the C kernels serve its norms, where its backend is "fast"."""
+        return self.fast.on_kernels(self._site_norms(self._suffixes()[0]))
 
     def _fused(self) -> bool:
         return self.backend == "auto" and self.bare and not self.recompute

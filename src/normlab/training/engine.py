@@ -38,26 +38,20 @@ def one_engine(module: TextModule, trainer: pl.Trainer, begun_with: bool | None)
         with kernels.left_out("as this run began"):
             yield False
         return
-    with trainer.precision_plugin.forward_context():
-        # The processes are not there yet.
-        alone = trainer.world_size == 1
-        wanted = any(part.uses_kernels() and (alone or not part.mixes_rows) for part in recurrent)
-    if not wanted:
+    facts = recurrence_facts(module, trainer)
+    built = None
+    if facts["backend"] == "fast" and any(part.uses_kernels() for part in recurrent):
+        layers = sum(part.num_layers * (2 if part.bidirectional else 1) for part in recurrent)
+        updates = trainer.max_steps * trainer.accumulate_grad_batches
+        short = not kernels.worth_building(updates * module.text.length * layers)
+        if begun_with is None and short and kernels.find(torch.float32) is None and kernels.compiler() is not None:
+            with kernels.left_out("a run this short is not worth compiling for"):
+                yield False
+            return
+        built = kernels.load(torch.float32) is not None
+    elif facts["reason"] == kernels.absence(torch.float32):
         # Without a compiler some layers are left to the plain loop: that is another engine too.
-        missing = kernels.absence(torch.float32)
-        reason = recurrence_facts(module, trainer)["reason"]
-        if begun_with:
-            log.warning("this run began on C kernels, which can not be had now; it goes on, with other rounding")
-        yield False if missing and reason == missing else None
-        return
-    layers = sum(part.num_layers * (2 if part.bidirectional else 1) for part in recurrent)
-    updates = trainer.max_steps * trainer.accumulate_grad_batches
-    short = not kernels.worth_building(updates * module.text.length * layers)
-    if begun_with is None and short and kernels.find(torch.float32) is None and kernels.compiler() is not None:
-        with kernels.left_out("a run this short is not worth compiling for"):
-            yield False
-        return
-    built = kernels.load(torch.float32) is not None
+        built = False
     if begun_with and not built:
         log.warning("this run began on C kernels, which can not be had now; it goes on, with other rounding")
     yield built

@@ -59,7 +59,7 @@ def recurrence_facts(module: TextModule, trainer: pl.Trainer) -> dict[str, str]:
     """The backend of the model's recurrence on this device and in this precision, and why; empty if it has none."""
     for part in module.modules():
         if isinstance(part, Recurrent):
-            if trainer.world_size > 1 and part.mixes_rows:
+            if trainer.world_size > 1 and part.mixes_rows:  # the processes may not be there yet
                 return {"backend": "reference", "reason": "processes share statistics"}
             with trainer.precision_plugin.forward_context():
                 backend, reason = part.backend_choice(trainer.strategy.root_device.type)
