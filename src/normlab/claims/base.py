@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from normlab.claims.measurements import Measurement, Probed, result
+from normlab.claims.measurements import Measurement, Probed, parts, result
 from normlab.claims.rows import Phase, Row
 from normlab.config import (
     InputError,
@@ -71,17 +71,25 @@ class Comparison:
     """`arm` against `control` in one measurement, in each setting that has both.
 
     Args:
+        arm: of which something is said.
+        control: another arm, or a number that the measurement is compared with, such as 0.
+        measurement: its name.
         predicted: what the argument says of `arm`, in the measurement's own direction.
         margin: the smallest effect worth calling one, in the measurement's unit.
         margin_reason: why that one; one line.
     """
 
     arm: str
-    control: str
+    control: str | float
     measurement: str
     predicted: Literal["better", "worse", "same"]
     margin: float
     margin_reason: str
+
+    @property
+    def arms(self) -> list[str]:
+        """The arm, and the control if that is one."""
+        return [arm for arm in (self.arm, self.control) if isinstance(arm, str)]
 
 
 @dataclass(frozen=True)
@@ -153,9 +161,7 @@ class Claim:
         self._require(len(set(names)) == len(names), "two measurements have one name")
         for comparison in self.comparisons:
             require_choice(f"measurement of {self.id}", comparison.measurement, names)
-            self._require(
-                bool(self._settings_of(comparison)), f"no setting has {comparison.arm} and {comparison.control}"
-            )
+            self._require(bool(self._settings_of(comparison)), f"no setting has {' and '.join(comparison.arms)}")
             self._require(comparison.margin > 0 and bool(comparison.margin_reason), "a margin is > 0 and has a reason")
         options: dict[str, Probed] = {}
         for read in self.probes:
@@ -171,7 +177,7 @@ class Claim:
 
     @property
     def probes(self) -> list[Probed]:
-        return [m.read for m in self.measurements if isinstance(m.read, Probed)]
+        return [read for m in self.measurements for read in parts(m.read) if isinstance(read, Probed)]
 
     def scales(self) -> list[Scale]:
         """Scales at which all settings have a base run."""
@@ -234,11 +240,14 @@ class Claim:
             measurement = next(m for m in self.measurements if m.name == comparison.measurement)
             for setting in self._settings_of(comparison):
                 sides: list[list[Row]] = []
-                for arm in (comparison.arm, comparison.control):
+                for arm in comparison.arms:
                     keys = [(setting, arm, measurement.name, seed) for seed in self.verdict_seeds]
                     missing = [key[-1] for key in keys if key not in found]
                     self._require(not missing, f"no {measurement.name} of {arm} in {setting} at seeds {missing}")
                     sides.append([found[key] for key in keys])
+                if isinstance(comparison.control, float):
+                    constant = comparison.control
+                    sides.append([dataclasses.replace(row, value=constant, diverged=False) for row in sides[0]])
                 name = f"{setting}: {comparison.arm} against {comparison.control}, {measurement.name}"
                 verdicts[name] = verdict_of(comparison, measurement, *sides)
         from normlab.stats.verdicts import combine
@@ -246,8 +255,7 @@ class Claim:
         return combine(verdicts)
 
     def _settings_of(self, comparison: Comparison) -> list[str]:
-        both = {comparison.arm, comparison.control}
-        return [name for name, setting in self.settings.items() if both <= set(setting.arms)]
+        return [name for name, setting in self.settings.items() if set(comparison.arms) <= set(setting.arms)]
 
     def _require(self, condition: bool, message: str) -> None:
         if not condition:
@@ -268,9 +276,9 @@ def verdict_of(comparison: Comparison, measurement: Measurement, arm: Sequence[R
     given = [row.value for row in both if row.diverged and math.isfinite(row.value)]
     worst = (max if measurement.lower_is_better else min)(given or values, default=0.0)
 
-    def side(name: str, rows: Sequence[Row]) -> Any:
+    def side(name: str | float, rows: Sequence[Row]) -> Any:
         of_seed = {row.seed: None if row.diverged or not math.isfinite(row.value) else row.value for row in rows}
-        return effects.Arm(name, of_seed)
+        return effects.Arm(str(name), of_seed)
 
     pairs = effects.Comparison(
         control=side(comparison.control, control),

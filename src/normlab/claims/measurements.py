@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from normlab.config import InputError
 from normlab.records.record import RunRecord
 
-__all__ = ["Measurement", "Probed", "Reach", "Read", "Result", "Tail", "probe", "result"]
+__all__ = ["Difference", "Log2", "Measurement", "Probed", "Reach", "Read", "Result", "Tail", "parts", "probe", "result"]
 
 Peers = Mapping[str, RunRecord]
 """Records of the other arms at the same setting and seed, by arm."""
@@ -44,7 +44,7 @@ class Measurement:
 
     def is_readable(self, peers: Peers) -> bool:
         """Whether the record of every arm that it looks at is there."""
-        return not isinstance(self.read, Reach) or self.read.of in peers
+        return all(read.of in peers for read in parts(self.read) if isinstance(read, Reach))
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,34 @@ class Probed:
     def __call__(self, record: RunRecord, peers: Peers) -> float:
         summary = record.probe(self.probe).get("summary", {})
         return float(summary[self.key]) if self.key in summary else _missing(record, f"{self.probe}: {self.key}")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One number less another one of the same run, such as a loss with stored statistics less that with the batch's."""
+
+    read: Read
+    less: Read
+
+    def __call__(self, record: RunRecord, peers: Peers) -> float:
+        return self.read(record, peers) - self.less(record, peers)
+
+
+@dataclass(frozen=True)
+class Log2:
+    """Binary logarithm of a positive number, so that differences are ratios: 1 is twice as much, -1 half."""
+
+    read: Read
+
+    def __call__(self, record: RunRecord, peers: Peers) -> float:
+        return math.log2(self.read(record, peers))
+
+
+def parts(read: Read) -> list[Read]:
+    """What a reading reads: itself, or what it is made of."""
+    if isinstance(read, Difference):
+        return [*parts(read.read), *parts(read.less)]
+    return parts(read.read) if isinstance(read, Log2) else [read]
 
 
 def result(*names: str) -> Result:

@@ -91,6 +91,7 @@ class LocalWorkers:
     def start(self, job: Job) -> None:
         path, log = self.folder / f"{job.id}.yaml", self.folder / f"{job.id}.log"
         write_job(path, job)
+        log.write_bytes(b"")
         self._workers.append(_Worker(job, _start(path, log), log))
 
     def ended(self) -> list[Ended]:
@@ -132,7 +133,7 @@ def _begin(worker: Sequence[str], path: str, log: str, folder: str, environment:
     """In the new process: run the program `worker` as Python would with these arguments, in the caller's surroundings,
     which may have changed since the server began."""
     os.setsid()  # Ctrl-C in the terminal is the parent's to pass on
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    file = os.open(log, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(folder)

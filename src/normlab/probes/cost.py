@@ -15,9 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from normlab.data.batches import Batch
 from normlab.models.recurrent import Recurrent
 from normlab.norms.base import GatheredPenalties
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
+from normlab.probes.sites import on_reference
 
 __all__ = ["Cost", "SavedBytes"]
 
@@ -54,7 +56,8 @@ class Cost(Probe):
 
     seconds_per_step is the median after one step to warm up. On a CPU peak_bytes is what a step holds at the end of
     its forward pass (parameters, gradients, optimizer state, buffers, and saved_bytes for backward); on a GPU the
-    most that was allocated. The recurrence's backend stands in the rows.
+    most that was allocated. The recurrence's backend stands in the rows; seconds_per_step_reference is that of the
+    plain loop.
 
     Args:
         steps: timed.
@@ -71,14 +74,41 @@ class Cost(Probe):
         parameters, buffers = list(model.parameters()), list(model.buffers())
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
         on_gpu = subject.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         taken = subject.batches("train", self.steps + 1, train=True)
-        batches = itertools.islice(itertools.cycle(taken), self.steps + 1)
+        batches = list(itertools.islice(itertools.cycle(taken), self.steps + 1))
+        rows = self._timed_steps(subject, model, optimizer, batches)
+        allocated = torch.cuda.max_memory_allocated() if on_gpu else 0
+        # Counted in a step of its own: counting takes time.
+        with SavedBytes([*parameters, *buffers]) as counted:
+            prediction_nats(model(*taken[0].model_inputs()).logits, taken[0]).mean()
+            saved = counted.bytes
+        own, states = _bytes(parameters), [v for s in optimizer.state.values() for v in s.values()]
+        peak = 2 * own + _bytes(buffers) + _bytes([v for v in states if isinstance(v, Tensor)]) + saved
+        summary = {
+            "seconds_per_step": _median_seconds(rows),
+            "peak_bytes": allocated or peak,
+            "saved_bytes": saved,
+            "parameter_bytes": own,
+            "buffer_bytes": _bytes(buffers),
+        }
+        if any(isinstance(part, Recurrent) for part in model.modules()):
+            with on_reference(model):
+                loop = self._timed_steps(subject, model, optimizer, batches)
+            summary["seconds_per_step_reference"] = _median_seconds(loop)
+            rows += loop
+        return Measurement(summary, rows)
+
+    def _timed_steps(
+        self, subject: Subject, model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch]
+    ) -> list[Row]:
+        on_gpu = subject.device.type == "cuda"
         backend = _backend(model, subject.device)
-        seconds: list[float] = []
+        rows: list[Row] = []
         for step, batch in enumerate(batches):
             if on_gpu:
                 torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
             begin = time.perf_counter()
             with GatheredPenalties(model) as penalties:
                 output = model(*batch.model_inputs())
@@ -90,23 +120,12 @@ class Cost(Probe):
             if on_gpu:
                 torch.cuda.synchronize()
             if step:
-                seconds.append(time.perf_counter() - begin)
-        allocated = torch.cuda.max_memory_allocated() if on_gpu else 0
-        # Counted in a step of its own: counting takes time.
-        with SavedBytes([*parameters, *buffers]) as counted:
-            prediction_nats(model(*taken[0].model_inputs()).logits, taken[0]).mean()
-            saved = counted.bytes
-        own, states = _bytes(parameters), [v for s in optimizer.state.values() for v in s.values()]
-        peak = 2 * own + _bytes(buffers) + _bytes([v for v in states if isinstance(v, Tensor)]) + saved
-        summary = {
-            "seconds_per_step": statistics.median(seconds),
-            "peak_bytes": allocated or peak,
-            "saved_bytes": saved,
-            "parameter_bytes": own,
-            "buffer_bytes": _bytes(buffers),
-        }
-        rows: list[Row] = [{"step": i, "seconds": value, "backend": backend} for i, value in enumerate(seconds)]
-        return Measurement(summary, rows)
+                rows.append({"step": step - 1, "seconds": time.perf_counter() - begin, "backend": backend})
+        return rows
+
+
+def _median_seconds(rows: Sequence[Row]) -> float:
+    return statistics.median(float(row["seconds"]) for row in rows)  # pyright: ignore[reportArgumentType]
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
