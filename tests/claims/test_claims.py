@@ -14,7 +14,7 @@ import pytest
 
 from normlab.claims import available_claims, load_claim, select_claims
 from normlab.claims.base import TUNING, Claim, Comparison, Setting
-from normlab.claims.measurements import Measurement, Reach, Tail, probe, result
+from normlab.claims.measurements import Difference, Log2, Measurement, Reach, Tail, probe, result
 from normlab.claims.rows import Row, read_rows, write_rows
 from normlab.config import InputError, RunConfig, config_hash
 from normlab.records.record import Outcome, RunRecord
@@ -182,11 +182,23 @@ def test_what_is_read_from_a_record(tmp_path: Path):
     assert [Reach("seconds", of="bn")(each, peers) for each in (ln, bn)] == [30.0, 20.0]
     ln.write_probe("leak", {"options": {}, "summary": {"row_leak_eval": 0.25}})
     assert probe("leak", "row_leak_eval")(ln, peers) == 0.25
-    for read in (Tail("valid_loss_nats"), Reach("step", of="ln"), result("test_loss_nats"), probe("leak", "x")):
+    assert Difference(result("test_running_loss_nats"), result("test_loss_nats"))(bn, peers) == pytest.approx(0.2)
+    assert Log2(Reach("step", of="ln"))(ln, peers) == pytest.approx(math.log2(3))
+    assert Log2(probe("leak", "row_leak_eval"))(ln, peers) == -2.0
+    reads = (Tail("valid_loss_nats"), Reach("step", of="ln"), result("test_loss_nats"), probe("leak", "x"))
+    for read in (*reads, Difference(reads[0], reads[2]), Difference(result("unigram_test_loss_nats"), reads[2])):
         assert math.isnan(read(broken, peers))
     for read in (Tail("x"), result("x"), probe("leak", "x"), probe("cost", "x")):
         with pytest.raises(InputError, match="has no"):
             read(ln, peers)
+
+
+def test_what_a_reading_is_made_of_counts_as_read():
+    """A probe is run, and another arm's record waited for, wherever they stand in it."""
+    nested = Difference(Log2(probe("cost", "seconds_per_step")), Reach("step", of="none"))
+    one = claim(measurements=(LOSS, Measurement("x", "1", True, nested)))
+    assert [read.probe for read in one.probes] == ["cost"]
+    assert not one.measurements[1].is_readable({})
 
 
 def test_a_verdict_wants_all_its_rows():
@@ -244,6 +256,21 @@ def test_the_verdict_follows_the_numbers():
     assert kind(1.1) == "refuted"
     assert kind(1.003) == "refuted", "shown to be the same within the margin"
     assert kind(0.99, spread=0.5) == "inconclusive"
+
+
+@pytest.mark.parametrize(("predicted", "kind"), [("worse", "supported"), ("better", "refuted"), ("same", "refuted")])
+def test_a_number_may_be_the_control(predicted: Any, kind: str):
+    one = claim(comparisons=(dataclasses.replace(COMPARISON, control=0.5, predicted=predicted),))
+    rows = [row("ln", seed, 1.0 + seed / 1000) for seed in range(1, 6)]
+    found = one.judge(rows)
+    assert found.kind == kind
+    (verdict,) = found.by_setting.values()
+    assert abs(verdict.effect) == pytest.approx(0.503)
+    # The control does not diverge with the arm.
+    rows[0] = row("ln", 1, 3.0, diverged=True)
+    (verdict,) = one.judge(rows).by_setting.values()
+    assert [rate.diverged for rate in verdict.divergence] == [0, 1]
+    assert abs(verdict.effect) == pytest.approx((3.0 + 4 * 1.0 + 0.014) / 5 - 0.5)
 
 
 def test_settings_that_disagree_are_mixed():
