@@ -2,7 +2,7 @@
 
 from normlab.claims.base import Claim, Comparison, Setting
 from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arm
-from normlab.claims.measurements import Measurement, Tail, result
+from normlab.claims.measurements import Measurement, Tail, probe, result
 
 MARGIN = 0.01
 REASON = "what LN gained over no norm in Laurent et al. 2017: 1.455 to 1.439 bits per character, 0.011 nats"
@@ -28,6 +28,8 @@ CLAIM = Claim(
             True,
             result("test_running_loss_nats", "test_loss_nats", "unigram_test_loss_nats"),
         ),
+        # How fast d loss_T / d h_t fades with the lag T - t: nearer 0 is better.
+        Measurement("log10_gradient_decay_per_step", "decades", False, probe("gradient_flow", "log10_decay_per_step")),
     ),
     comparisons=tuple(
         Comparison("ln", control, measurement, "better", MARGIN, REASON)
