@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study test check format watch norms bench lock clean
+.PHONY: help setup train study exact test check format watch norms bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -49,6 +49,9 @@ train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
 
 study: $(READY) ## run what an argument still misses: CLAIM SCALE; without CLAIM list all
 	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(ARGS)
+
+exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
+	@$(PY) -m normlab exact $(ARGS)
 
 test: $(READY) ## run the test suite
 	@$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
