@@ -153,7 +153,7 @@ def _study(arguments: list[str]) -> int:
 def _exact(arguments: list[str]) -> int:
     parser = ArgumentParser(
         prog="python -m normlab exact",
-        description="Compute what is true or false by mathematics, and write exact.json; exit code 1 if a bound breaks.",
+        description="Compute what is true or false by mathematics and write exact.json; exit code 1 if a bound breaks.",
         exit_on_error=False,
         allow_abbrev=False,
     )

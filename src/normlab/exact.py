@@ -168,9 +168,7 @@ def mostly_positive_before_bn() -> ExactCheck:
 @_check
 def half_active_after_bn() -> ExactCheck:
     y_BTF = _norm("bn", _mostly_positive(), pool="batch_time")
-    statement = (
-        "largest distance from 1/2 of a feature's active share, of the same inputs after bn without gain and bias"
-    )
+    statement = "largest distance from 1/2 of a feature's active share, of those inputs after bn without gain and bias"
     return _at_most(statement, _difference(_active_shares(y_BTF), 0.5), 0.05)
 
 
@@ -222,8 +220,8 @@ def gn_pools_groups_of_features() -> ExactCheck:
         _difference(_norm("gn", x_BTF, groups=3, pool="time"), _standardized(grouped, (1, 3)).flatten(-2)),
     )
     statement = (
-        "gn with 3 groups against standardizing over groups of 2 features of one example, at one time step (pool=token) or "
-        "all (pool=time)"
+        "gn with 3 groups against standardizing over groups of 2 features of one example, at one time step (token) or "
+        "all (time)"
     )
     return _at_most(statement, worst, ROUNDING)
 
@@ -307,6 +305,6 @@ def ln_puts_tokens_on_a_sphere() -> ExactCheck:
     off_mean = _difference(y_BTF.mean(-1), 0.0)
     off_radius = _difference(y_BTF.norm(dim=-1) / FEATURES**0.5, 1.0)
     statement = (
-        "largest distance of a token's mean from 0, and of its norm / sqrt(features) from 1, after ln without gain"
+        "largest distance of a token's mean from 0, and of its norm / sqrt(features) from 1, after ln without affine"
     )
     return _at_most(statement, max(off_mean, off_radius), ROUNDING)
