@@ -560,6 +560,8 @@ class TrainingConfig:
     Args:
         steps: optimizer steps.
         valid_every: optimizer steps between validations.
+        valid_batches: batches of such a validation, by which the best weights are chosen, spread over the split (the
+            first ones of a stateful stream); 0 takes all. The final evaluation takes all.
         checkpoint_every: optimizer steps between checkpoints to resume from.
         accumulate: micro-batches per optimizer step (batch norms see one micro-batch, and `memory_batches` before it).
         precision: fp32, or bf16 (autocast; statistics stay fp32).
@@ -585,11 +587,12 @@ class TrainingConfig:
     divergence_nats: float = 20.0
     activations_every: int = 125
     recompute_batches: int = _later(64)
+    valid_batches: int = _later(0)
 
     def __post_init__(self) -> None:
         for name in ("steps", "valid_every", "checkpoint_every", "accumulate", "devices"):
             _require(getattr(self, name) >= 1, f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("threads", "early_stop", "activations_every", "recompute_batches"):
+        for name in ("threads", "early_stop", "activations_every", "recompute_batches", "valid_batches"):
             _require(getattr(self, name) >= 0, f"training.{name} is {getattr(self, name)}; it must be >= 0")
         _require(self.divergence_nats > 0, "training.divergence_nats must be > 0")
 

@@ -295,6 +295,7 @@ ELSEWHERE = {
     (TrainingConfig, "devices"): "test_two_processes in tests/training/test_two_processes.py",
     (TrainingConfig, "checkpoint_every"): "changes files, not numbers: test_a_checkpoint_every_so_many_steps",
     (TrainingConfig, "early_stop"): "test_early_stopping_says_so",
+    (TrainingConfig, "valid_batches"): "test_a_validation_of_a_few_batches",
     (TrainingConfig, "recompute_batches"): "tests/training/test_recompute_run.py",
     (DataConfig, "corpus"): "every test with another corpus",
     (DataConfig, "vocabulary"): "tests/data/test_tokens.py",
@@ -317,6 +318,21 @@ def test_every_field_changes_a_run(tiny_run: Build, tmp_path: Path, cls: type, n
     other = train(config)
     changed = (numbers(base), base.outcome().state, base.environment()["threads"])
     assert changed != (numbers(other), other.outcome().state, other.environment()["threads"])
+
+
+def test_a_validation_of_a_few_batches(tiny_run: Build):
+    """While training it sees a part of the split; the final losses are those of the whole."""
+    short = {"training__steps": 8, "training__valid_every": 8, "model__norm": "bn"}
+    whole = train(tiny_run(**short))
+    part = train(tiny_run(**short, training__valid_batches=1))
+    of_whole, of_part = (
+        next(row["valid_loss_nats"] for row in record.metrics() if "valid_loss_nats" in row) for record in (whole, part)
+    )
+    assert of_part != of_whole
+    same = ("valid_loss_nats", "valid_running_loss_nats", "test_loss_nats", "train_loss_nats")
+    assert {name: part.outcome().results[name] for name in same} == {
+        name: whole.outcome().results[name] for name in same
+    }
 
 
 def test_a_checkpoint_every_so_many_steps(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):

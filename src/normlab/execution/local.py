@@ -1,15 +1,21 @@
-"""Several runs at once on this machine, each in a process of its own, so that none can take another down."""
+"""Several runs at once on this machine, each in a process of its own, so that none can take another down.
+
+Where processes may be forked they come from a server that has torch and Lightning imported: that takes seconds, which a
+study of hundreds of short runs would spend on each.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import BinaryIO
 
 from normlab.execution.jobs import Job, write_job
 
@@ -19,8 +25,18 @@ WORKER = ("-m", "normlab.execution.worker")
 STOP_SECONDS = 60.0
 """How long a worker has to end its step and write a checkpoint before it is killed."""
 
-# One thread each: workers on all cores would only fight. Read by OpenMP and MKL before torch is there to be asked.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+# Read by OpenMP, MKL and torch when they are imported.
+WORKER_ENVIRONMENT = {
+    # One thread each: workers on all cores would only fight.
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # Whether there is a GPU is then asked without CUDA, which would not survive a fork.
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+
+_processes = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
+    _processes.set_forkserver_preload(["normlab.training.run", "normlab.training.probing"])
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class Ended:
 @dataclass
 class _Worker:
     job: Job
-    process: subprocess.Popen[bytes]
+    process: BaseProcess
     log: Path
 
 
@@ -75,13 +91,11 @@ class LocalWorkers:
     def start(self, job: Job) -> None:
         path, log = self.folder / f"{job.id}.yaml", self.folder / f"{job.id}.log"
         write_job(path, job)
-        with log.open("wb") as file:
-            process = _start_worker(path, file)
-        self._workers.append(_Worker(job, process, log))
+        self._workers.append(_Worker(job, _start(path, log), log))
 
     def ended(self) -> list[Ended]:
         """Those that ended since the last call."""
-        over = [worker for worker in self._workers if worker.process.poll() is not None]
+        over = [worker for worker in self._workers if worker.process.exitcode is not None]
         self._workers = [worker for worker in self._workers if worker not in over]
         return [Ended(worker.job, _close(worker)) for worker in over]
 
@@ -89,41 +103,56 @@ class LocalWorkers:
         """Ask all workers to save and end; kill those that do not, or all of them on a second Ctrl-C."""
         try:
             for worker in self._workers:
-                worker.process.send_signal(signal.SIGTERM)
+                worker.process.terminate()
             deadline = time.monotonic() + STOP_SECONDS
             for worker in self._workers:
-                worker.process.wait(max(0.0, deadline - time.monotonic()))
-        except (KeyboardInterrupt, subprocess.TimeoutExpired):
-            for worker in self._workers:
-                worker.process.kill()
+                worker.process.join(max(0.0, deadline - time.monotonic()))
         finally:
             for worker in self._workers:
-                worker.process.wait()
-                _close(worker)
+                worker.process.kill()  # those that still live
+            for worker in self._workers:
+                worker.process.join()
             self._workers = []
 
 
-def _start_worker(path: Path, log: BinaryIO) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, *WORKER, str(path)],
-        stdin=subprocess.PIPE,  # closes when this process ends, however it ends
-        stdout=log,
-        stderr=log,
-        env={**os.environ, **ONE_THREAD},
-        start_new_session=True,  # Ctrl-C in the terminal is the parent's to pass on
-    )
+def _start(path: Path, log: Path) -> BaseProcess:
+    environment = {**os.environ, **WORKER_ENVIRONMENT}
+    process = _processes.Process(target=_begin, args=(WORKER, str(path), str(log), os.getcwd(), environment))
+    before = dict(os.environ)
+    os.environ.update(WORKER_ENVIRONMENT)  # what the server starts with
+    try:
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return process
+
+
+def _begin(worker: Sequence[str], path: str, log: str, folder: str, environment: Mapping[str, str]) -> None:
+    """In the new process: run the program `worker` as Python would with these arguments, in the caller's surroundings,
+    which may have changed since the server began."""
+    os.setsid()  # Ctrl-C in the terminal is the parent's to pass on
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [worker[-1], path]
+    if worker[0] == "-m":
+        runpy.run_module(worker[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(worker[0], run_name="__main__")
 
 
 def _close(worker: _Worker) -> str:
-    """Close the pipe, and say in one line why the worker did not do its job."""
-    assert worker.process.stdin is not None
-    worker.process.stdin.close()
-    code = worker.process.returncode
+    """Say in one line why the worker did not do its job."""
+    code = worker.process.exitcode
     if code == 0:
         return ""
     if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
         return "stopped"
-    if code < 0:
+    if code is not None and code < 0:
         hint = "; out of memory?" if code == -signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"
     lines = [line.strip() for line in worker.log.read_text(encoding="utf-8", errors="replace").splitlines()]

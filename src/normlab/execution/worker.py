@@ -1,11 +1,11 @@
 """One job in a process of its own: python -m normlab.execution.worker JOB.yaml, as `LocalWorkers` starts it.
 
-Standard input is a pipe from the parent. When it closes, the parent is gone, however it ended, and the run is stopped
-as by SIGTERM: with a checkpoint, to be resumed.
+When the parent is gone, however it ended, the run is stopped as by SIGTERM: with a checkpoint, to be resumed.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -54,8 +54,10 @@ def perform(job: Job) -> bool:
 
 
 def _stop_with_parent() -> None:
-    while os.read(0, 1):  # not sys.stdin, whose lock an ending interpreter would wait for
-        pass
+    parent = multiprocessing.parent_process()
+    if parent is None:  # started by hand
+        return
+    parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

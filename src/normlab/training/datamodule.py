@@ -45,13 +45,22 @@ class TextDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> Loader:
         return self._loader("valid", train=False)
 
+    def val_part_dataloader(self, batches: int) -> Loader | Part:
+        """So many batches of the validation split, or all of it if it has no more or `batches` is 0."""
+        whole = self.val_dataloader()
+        if not 0 < batches < len(whole):
+            return whole
+        part = Part(whole, batches, spread=self.data.stream == "windows")
+        part.taken = part.taken[:batches]
+        return part
+
     def test_dataloader(self) -> Loader:
         return self._loader("test", train=False)
 
-    def train_part_dataloader(self) -> TrainPart:
+    def train_part_dataloader(self) -> Part:
         """A part of the training split about as large as the validation split, in evaluation order."""
         whole = self._loader("train", train=False)
-        return TrainPart(whole, len(self.val_dataloader()), spread=self.data.stream == "windows")
+        return Part(whole, len(self.val_dataloader()), spread=self.data.stream == "windows")
 
     def _loader(self, split: str, *, train: bool) -> Loader:
         text, data = self.text, self.data
@@ -90,8 +99,8 @@ class WholeRun:
         self.loader.load_state_dict(state)
 
 
-class TrainPart:
-    """A fixed part of an evaluation of the training split.
+class Part:
+    """A fixed part of the evaluation of a split.
 
     Args:
         loader: the whole.

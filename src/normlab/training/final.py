@@ -34,6 +34,7 @@ def evaluate_best(
     checkpoints: Checkpoints,
     record: RunRecord,
     recompute_batches: int,
+    saw_all: bool,
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Losses of the weights with the best validation loss on a part of train, on valid and on test, in evaluation mode.
@@ -47,14 +48,18 @@ def evaluate_best(
     Args:
         record: holds the validation loss of the best step; the first process writes the gaps to it.
         recompute_batches: at most so many, and at most one pass; 0 keeps the running averages.
+        saw_all: validations while training saw the whole split, so that the best one need not be done again.
         say: takes one line for the user.
     """
     if checkpoints.best_step != trainer.global_step:
         best = torch.load(checkpoints.best, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"])
     best_step = checkpoints.best_step
-    best_row = [row for row in record.metrics() if row["step"] == best_step and "valid_loss_nats" in row][-1]
-    valid: dict[str, float] = {name: value for name, value in best_row.items() if name.startswith("valid_")}
+    if saw_all:
+        best_row = [row for row in record.metrics() if row["step"] == best_step and "valid_loss_nats" in row][-1]
+        valid = {name: value for name, value in best_row.items() if name.startswith("valid_")}
+    else:
+        valid = dict(trainer.validate(module, datamodule.val_dataloader(), verbose=False)[0])
     results: dict[str, float] = {}
     if recompute_batches and stores_statistics(module.model):
         results |= {name.replace("valid_", "valid_running_", 1): value for name, value in valid.items()}

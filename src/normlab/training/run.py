@@ -222,7 +222,7 @@ class _Run:
                 self.trainer.fit(
                     self.module,
                     self._whole_run(),
-                    self.datamodule.val_dataloader(),
+                    self.datamodule.val_part_dataloader(self.config.training.valid_batches),
                     ckpt_path=resume,
                     weights_only=True,
                 )
@@ -282,6 +282,7 @@ class _Run:
             self.checkpoints,
             self.record,
             self.config.training.recompute_batches,
+            self.config.training.valid_batches == 0,
             self._say,
         )
 
