@@ -22,7 +22,7 @@ help: ## print this help
 	@echo
 	@echo "  variables of make train:"
 	@echo "    NORM    $$(grep -l '^@final' src/normlab/norms/*.py | xargs -n1 basename -s .py | tr '\n' ' ')(docs/norms.md)"
-	@echo "    MODEL   lstm transformer hf:gpt2 hf:llama hf:bert ... (an architecture of transformers)"
+	@echo "    MODEL   lstm transformer mlp hf:gpt2 hf:llama hf:bert ... (an architecture of transformers)"
 	@echo "    DATA    pydocs ptb_char sst2 ... or a path: a .txt file, a folder of them, a .csv / .tsv / .jsonl"
 	@echo "    SEED    of weights, batch order and dropout"
 	@echo "    CONFIG  a file in configs/"
