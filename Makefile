@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study test check format watch norms bench lock clean
+.PHONY: help setup train study exact test check format watch norms bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -22,7 +22,7 @@ help: ## print this help
 	@echo
 	@echo "  variables of make train:"
 	@echo "    NORM    $$(grep -l '^@final' src/normlab/norms/*.py | xargs -n1 basename -s .py | tr '\n' ' ')(docs/norms.md)"
-	@echo "    MODEL   lstm transformer hf:gpt2 hf:llama hf:bert ... (an architecture of transformers)"
+	@echo "    MODEL   lstm transformer mlp hf:gpt2 hf:llama hf:bert ... (an architecture of transformers)"
 	@echo "    DATA    pydocs ptb_char sst2 ... or a path: a .txt file, a folder of them, a .csv / .tsv / .jsonl"
 	@echo "    SEED    of weights, batch order and dropout"
 	@echo "    CONFIG  a file in configs/"
@@ -49,6 +49,9 @@ train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
 
 study: $(READY) ## run what an argument still misses: CLAIM SCALE; without CLAIM list all
 	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(ARGS)
+
+exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
+	@$(PY) -m normlab exact $(ARGS)
 
 test: $(READY) ## run the test suite
 	@$(PY) -m pytest -n 2 --dist worksteal $(ARGS)

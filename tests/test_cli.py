@@ -50,7 +50,7 @@ def test_a_flag_changes_one_override_of_the_config_file(tmp_path: Path):
 
 MISTAKES = [
     ("--norm lnn", "unknown norm 'lnn' (did you mean 'ln'?); choose from: bn"),
-    ("--model gru", "unknown model 'gru'; choose from: hf, lstm, transformer"),
+    ("--model gru", "unknown model 'gru'; choose from: hf, lstm, mlp, transformer"),
     ("--data ptb_chat", "did you mean 'ptb_char'?"),
     ("--data missing/file.txt", "missing/file.txt"),
     ("--model.widht 3", "unknown flag '--model.widht' (did you mean '--model.width'?)"),
@@ -62,6 +62,7 @@ MISTAKES = [
     ("--model.norm_options.pool bath", "model.norm_options.pool must be one of batch"),
     ("--model transformer --model.heads 3", "it must divide model.width (128)"),
     ("--model transformer --data.stream stateful", "use data.stream=windows"),
+    ("--model mlp --data.stream stateful", "the mlp has no recurrent state"),
     ("--model.sites.cell.norm bm", "unknown norm 'bm'"),
     ("--optim.lr 0", "optim.lr is 0.0; it must be a finite number > 0"),
     ("--training.steps 0", "training.steps is 0; it must be at least 1"),

@@ -14,6 +14,7 @@ from normlab.config import (
     HuggingFaceConfig,
     InputError,
     LSTMConfig,
+    MLPConfig,
     ModelConfig,
     OutputConfig,
     RunConfig,
@@ -31,6 +32,7 @@ from normlab.config import (
         LSTMConfig(norm="bn"),
         LSTMConfig(cell="rnn_relu"),
         TransformerConfig(placement="peri"),
+        MLPConfig(activation="sigmoid"),
         HuggingFaceConfig(architecture="gpt2", norm="bn", swap="*.ln_1", overrides={"n_layer": 2, "resid_pdrop": 0.0}),
     ],
 )

@@ -47,6 +47,7 @@ commands:
   train   train one run and record it      python -m normlab train --norm ln --model lstm --data pydocs
   show    show the record of a run         python -m normlab show RUN
   study   run what an argument misses      python -m normlab study [CLAIM]
+  exact   compute the exact arguments      python -m normlab exact
   probe   measure on a finished run        python -m normlab probe NAME RUN
 
 python -m normlab COMMAND --help says more; `make` lists what make can do."""
@@ -55,7 +56,7 @@ python -m normlab COMMAND --help says more; `make` lists what make can do."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "show": _show, "probe": _probe, "study": _study}
+    commands = {"train": _train, "show": _show, "probe": _probe, "study": _study, "exact": _exact}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -147,6 +148,27 @@ def _study(arguments: list[str]) -> int:
     return study(
         options.claim, options.scale, output, Path(options.results_dir), options.workers, dry_run=options.dry_run
     )
+
+
+def _exact(arguments: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="python -m normlab exact",
+        description="Compute what is true or false by mathematics and write exact.json; exit code 1 if a bound breaks.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--results_dir", type=str, default="results", help="folder of exact.json")
+    options = _parse(parser, arguments)
+    from normlab.exact import checks
+    from normlab.records.checks import write_checks
+
+    found = checks()
+    for check in found:
+        print(f"{'holds' if check.holds else 'broken':6}  {check.name}: {check.value:.3g} ({check.bound})")
+    path = Path(options.results_dir) / "exact.json"
+    write_checks(path, found)
+    print(f"{sum(check.holds for check in found)} of {len(found)} hold; {path}")
+    return 0 if all(check.holds for check in found) else 1
 
 
 def _exit_code(state: str, reason: str) -> int:

@@ -26,6 +26,8 @@ __all__ = [
     "InputError",
     "LSTMConfig",
     "LSTMSites",
+    "MLPConfig",
+    "MLPSites",
     "ModelConfig",
     "NormOptions",
     "OptimConfig",
@@ -103,7 +105,7 @@ class SiteConfig:
             require_choice("norm", self.norm, (*available_norms(), MODEL_NORM))
 
 
-def _require_norm_stands(norm: str, sites: LSTMSites | TransformerSites) -> None:
+def _require_norm_stands(norm: str, sites: LSTMSites | TransformerSites | MLPSites) -> None:
     named = {site.name: getattr(sites, site.name).norm for site in dataclasses.fields(sites)}
     _require(
         norm == "none" or any(value in (MODEL_NORM, norm) for value in named.values()),
@@ -158,6 +160,17 @@ class TransformerSites:
     embedding: SiteConfig = field(default_factory=_bare)
     query: SiteConfig = field(default_factory=_bare)
     key: SiteConfig = field(default_factory=_bare)
+
+
+@dataclass(frozen=True)
+class MLPSites:
+    """Sites of the feed-forward net.
+
+    Args:
+        hidden: in each layer between the linear map and the activation.
+    """
+
+    hidden: SiteConfig = field(default_factory=SiteConfig)
 
 
 def _later(default: Any) -> Any:
@@ -354,6 +367,42 @@ class TransformerConfig:
         _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
 
 
+@dataclass(frozen=True)
+class MLPConfig:
+    """A feed-forward net: of the last tokens' embeddings, joined, for language modelling (Bengio et al. 2003); of the
+    mean of all embeddings for classification (Iyyer et al. 2015).
+
+    Args:
+        norm: the norm under test; a file name in normlab/norms.
+        sites: what stands at each site.
+        norm_options: options of the norm.
+        width: hidden units per layer.
+        embedding_width: size of the token embedding.
+        layers: hidden layers: linear map, norm, activation.
+        context: language modelling: tokens that the next one is predicted from.
+        activation: after each norm; gelu is the tanh form.
+        dropout: on the embedding, between layers and before the head.
+    """
+
+    name: Literal["mlp"] = "mlp"
+    norm: str = "bn"
+    sites: MLPSites = field(default_factory=MLPSites)
+    norm_options: NormOptions = field(default_factory=NormOptions)
+    width: int = 256
+    embedding_width: int = 32
+    layers: int = 2
+    context: int = 8
+    activation: Literal["relu", "sigmoid", "tanh", "gelu"] = "relu"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_choice("norm", self.norm, available_norms())
+        _require_norm_stands(self.norm, self.sites)
+        for name in ("width", "embedding_width", "layers", "context"):
+            _require(getattr(self, name) >= 1, f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}; it must be in [0, 1)")
+
+
 OWN_NORM = "own"
 """Value of `HuggingFaceConfig.norm` that means: the norms that the architecture comes with."""
 
@@ -425,10 +474,11 @@ def _read_architecture(path: Path) -> tuple[str, dict[str, Any]]:
     return values["model_type"], {key: value for key, value in values.items() if key not in left_out}
 
 
-ModelConfig = LSTMConfig | TransformerConfig | HuggingFaceConfig
-MODELS: dict[str, type[LSTMConfig] | type[TransformerConfig] | type[HuggingFaceConfig]] = {
+ModelConfig = LSTMConfig | TransformerConfig | MLPConfig | HuggingFaceConfig
+MODELS: dict[str, type[ModelConfig]] = {
     "lstm": LSTMConfig,
     "transformer": TransformerConfig,
+    "mlp": MLPConfig,
     "hf": HuggingFaceConfig,
 }
 
@@ -593,7 +643,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must be in [0, 2**32)")
         if not isinstance(self.model, LSTMConfig):
-            called = "transformer" if isinstance(self.model, TransformerConfig) else "model from transformers"
+            called = "model from transformers" if isinstance(self.model, HuggingFaceConfig) else self.model.name
             _require(
                 self.data.stream == "windows",
                 f"the {called} has no recurrent state to carry: use data.stream=windows",

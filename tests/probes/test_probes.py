@@ -168,7 +168,7 @@ def test_a_batch_of_one_row_is_measured(subject: Callable[..., Subject], wic: Co
         assert measured(name, of).summary, name
 
 
-@pytest.mark.parametrize("model", ["lstm", "transformer"])
+@pytest.mark.parametrize("model", ["lstm", "transformer", "mlp"])
 def test_classifiers_with_padding_are_measured(
     model: str, subject: Callable[..., Subject], tiny_labels: Any, wic: Corpus
 ) -> None:

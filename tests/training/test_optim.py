@@ -13,7 +13,7 @@ from normlab.config import OptimConfig, RunConfig
 from normlab.training.optim import build_optimizer, build_schedule, decayed_parameters, rate_factor
 
 
-@pytest.mark.parametrize("model", ["lstm", "transformer"])
+@pytest.mark.parametrize("model", ["lstm", "transformer", "mlp"])
 def test_weight_decay_touches_matrices_alone(tiny_run: Callable[..., RunConfig], model: str):
     config = tiny_run(model=model, model__norm="ln")
     module = normlab.TextModule(config, normlab.TextDataModule(config.data).text)

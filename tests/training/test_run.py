@@ -18,6 +18,7 @@ from normlab.config import (
     HuggingFaceConfig,
     InputError,
     LSTMConfig,
+    MLPConfig,
     OptimConfig,
     RunConfig,
     TrainingConfig,
@@ -37,9 +38,9 @@ def numbers(record: RunRecord) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in timed} for row in record.metrics()]
 
 
-@pytest.mark.parametrize("model", ["lstm", "transformer"])
+@pytest.mark.parametrize("model", ["lstm", "transformer", "mlp"])
 @pytest.mark.parametrize("norm", available_norms())
-def test_every_norm_trains_in_both_models(tiny_run: Build, model: str, norm: str):
+def test_every_norm_trains_in_every_model(tiny_run: Build, model: str, norm: str):
     record = train(tiny_run(model=model, model__norm=norm, training__steps=30, optim__lr=1e-2))
     outcome = record.outcome()
     assert outcome.state == "finished"
@@ -77,6 +78,7 @@ RESUMED = {
         "optim__warmup_steps": 4,
         "optim__schedule": "cosine",
     },
+    "mlp, bn, dropout": {"model": "mlp", "model__norm": "bn", "model__dropout": 0.2},
 }
 
 
@@ -163,7 +165,7 @@ def test_the_last_step_competes_for_the_best_weights(tiny_run: Build):
 
 
 def test_classification_learns_and_stands_beside_its_baseline(tiny_run: Build, tiny_labels: Path):
-    for model in ("lstm", "transformer"):
+    for model in ("lstm", "transformer", "mlp"):
         changes = {"data__corpus": str(tiny_labels), "training__steps": 150, "optim__lr": 1e-2, "data__length": 0}
         results = train(tiny_run(model=model, **changes)).outcome().results
         assert float(results["majority_test_accuracy"]) < 0.7
@@ -211,7 +213,7 @@ def test_the_evaluated_part_of_train_is_spread_over_it(tiny_run: Build, tiny_lab
 
 def test_no_norm_means_no_norm(tiny_run: Build, tiny_text: Path):
     torch_norms = (torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GroupNorm, torch.nn.modules.batchnorm._NormBase)
-    for model in ("lstm", "transformer"):
+    for model in ("lstm", "transformer", "mlp"):
         config = tiny_run(model=model, model__norm="none")
         module = normlab.TextModule(config, normlab.TextDataModule(config.data).text)
         norms = [part for part in module.modules() if isinstance(part, normlab.Norm)]
@@ -352,6 +354,7 @@ def test_the_models_fields_are_covered_by_their_own_tests():
     for cls, file in (
         (LSTMConfig, "test_lstm"),
         (TransformerConfig, "test_transformer"),
+        (MLPConfig, "test_mlp"),
         (HuggingFaceConfig, "test_huggingface"),
     ):
         text = "".join(path.read_text() for path in Path("tests/models").glob(f"{file}*.py"))

@@ -118,8 +118,8 @@ class Claim:
         id: the name of its file.
         sentence: the argument.
         source: where the note says it, and the paper behind it.
-        kind: exact (decided by tests), measured (by runs) or both.
-        checks: tests that decide the exact part: files, or single tests as pytest names them.
+        kind: exact (decided by checks), measured (by runs) or both.
+        checks: what decides the exact part: names in `results/exact.json`, of functions in `normlab/exact.py`.
         settings: where arms are compared, by name.
         measurements: what is read from each verdict run. Those that no comparison names are shown beside.
         comparisons: what decides.

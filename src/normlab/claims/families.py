@@ -6,18 +6,28 @@ import dataclasses
 from typing import Any, Literal
 
 from normlab.claims.base import Scale
-from normlab.config import DataConfig, LSTMConfig, OptimConfig, RunConfig, TrainingConfig, TransformerConfig
+from normlab.config import (
+    DataConfig,
+    LSTMConfig,
+    MLPConfig,
+    OptimConfig,
+    RunConfig,
+    TrainingConfig,
+    TransformerConfig,
+)
 
 __all__ = [
     "CHAR_LSTM",
     "FIVE_SEEDS",
     "LSTM_RATES",
+    "MLP_RATES",
     "ONE_TUNING_SEED",
     "SST2_LSTM",
     "TRANSFORMER_RATES",
     "TUNING_SEEDS",
     "VERDICT_SEEDS",
     "WORD_TRANSFORMER",
+    "char_mlp",
     "char_transformer",
     "norm_arm",
     "sst2_transformer",
@@ -144,3 +154,25 @@ WORD_TRANSFORMER: dict[Scale, RunConfig] = {
 def norm_arm(norm: str, **options: Any) -> dict[str, Any]:
     """The arm that has `norm` at all sites that take the model's norm."""
     return {"model": {"norm": norm, "norm_options": options}}
+
+
+def char_mlp(activation: Literal["relu", "sigmoid"]) -> dict[Scale, RunConfig]:
+    """Characters predicted from the last few by two hidden layers (Bengio et al. 2003), on the text of `CHAR_LSTM`."""
+    return {
+        "small": RunConfig(
+            model=MLPConfig(norm="none", width=128, embedding_width=16, context=8, activation=activation),
+            data=DataConfig(corpus="ptb_char", tokens="char", batch_size=32, length=50),
+            optim=OptimConfig(name="adam", clip=1.0),
+            training=_SMALL,
+        ),
+        "full": RunConfig(
+            model=MLPConfig(norm="none", width=1024, embedding_width=64, context=16, activation=activation),
+            data=DataConfig(corpus="ptb_char", tokens="char", batch_size=64, length=100),
+            optim=OptimConfig(name="adam", clip=1.0),
+            training=_FULL,
+        ),
+    }
+
+
+MLP_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+"""Half a decade apart; on seed 201, which nothing else uses, the arms did best at 1e-2 or 3e-2."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from normlab.config import MODEL_NORM, InputError, LSTMSites, NormOptions, SiteConfig, TransformerSites
+from normlab.config import MODEL_NORM, InputError, LSTMSites, MLPSites, NormOptions, SiteConfig, TransformerSites
 from normlab.norms import build_norm, norm_class, norm_options
 from normlab.norms.base import Norm
 
@@ -25,7 +25,13 @@ class NormFactory:
     """
 
     def __init__(
-        self, norm: str, sites: LSTMSites | TransformerSites, options: NormOptions, *, causal: bool, max_steps: int
+        self,
+        norm: str,
+        sites: LSTMSites | TransformerSites | MLPSites,
+        options: NormOptions,
+        *,
+        causal: bool,
+        max_steps: int,
     ) -> None:
         self.norm, self.sites, self.causal, self.max_steps = norm, sites, causal, max_steps
         self.options = {key: value for key, value in dataclasses.asdict(options).items() if value is not None}

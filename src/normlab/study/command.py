@@ -35,7 +35,7 @@ def study(wanted: str | None, scale: Scale, output: OutputConfig, results: Path,
         return 0
     claims = [claim for claim in select_claims(wanted) if claim.settings]
     if not claims:
-        raise InputError(f"{wanted} is decided by tests alone: make test")
+        raise InputError(f"{wanted} is decided by computation alone: make exact")
     chosen = Study(claims, scale, output, results)
     workers = workers or (available_cores() if scale == "small" else 1)
     if dry_run:

@@ -37,7 +37,7 @@ def list_claims(studies: Sequence[Study], exact: Sequence[Claim], console: Conso
         table.add_column(name, no_wrap=True)
     for name in ("done", "missing", "time on 1 core"):
         table.add_column(name, justify="right", no_wrap=True)
-    rows: list[tuple[str, ...]] = [(claim.id, claim.kind, "", "", "", "make test") for claim in exact]
+    rows: list[tuple[str, ...]] = [(claim.id, claim.kind, "", "", "", "make exact") for claim in exact]
     for study in studies:
         for claim in study.claims:
             state = study.state(claim)

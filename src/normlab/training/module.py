@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from normlab.config import HuggingFaceConfig, LSTMConfig, RunConfig
+from normlab.config import HuggingFaceConfig, LSTMConfig, MLPConfig, RunConfig
 from normlab.data.batches import Batch
 from normlab.data.prepared import PreparedText
 from normlab.models.huggingface import HuggingFaceModel
 from normlab.models.lstm_model import LSTMModel
+from normlab.models.mlp import MLPModel
 from normlab.models.output import ModelOutput
 from normlab.models.recurrent import RecurrentState
 from normlab.models.transformer import TransformerModel
@@ -34,6 +35,8 @@ def build_model(config: RunConfig, text: PreparedText) -> nn.Module:
     classes = len(text.classes) if text.classes is not None else None
     if isinstance(config.model, LSTMConfig):
         return LSTMModel(config.model, text.vocabulary, classes=classes, length=text.length)
+    if isinstance(config.model, MLPConfig):
+        return MLPModel(config.model, text.vocabulary, classes=classes, length=text.length)
     if isinstance(config.model, HuggingFaceConfig):
         return HuggingFaceModel(config.model, text.vocabulary, classes=classes, length=text.length)
     return TransformerModel(config.model, text.vocabulary, classes=classes, length=text.length)
