@@ -508,6 +508,8 @@ class DataConfig:
             (Cooijmans et al. 2016). stateful: contiguous rows, the state is carried (truncated backpropagation).
         text_column: column of a .csv / .tsv / .jsonl file that holds the text.
         label_column: column that holds the label.
+        resample: train on a bootstrap sample of the training split, drawn by the run's seed: of its texts, or of
+            blocks of 1000 tokens of a stream (`normlab.data.resample`). Vocabulary, validation and test stay.
     """
 
     corpus: str = "pydocs"
@@ -518,6 +520,7 @@ class DataConfig:
     stream: Literal["windows", "stateful"] = "windows"
     text_column: str = "text"
     label_column: str = "label"
+    resample: bool = _later(False)
 
     def __post_init__(self) -> None:
         _require(self.corpus != "", "data.corpus is empty; give a corpus name or a path")
@@ -629,7 +632,7 @@ class RunConfig:
         data: the text.
         optim: the optimizer.
         training: how long and on what.
-        seed: of initial weights, batch order and dropout.
+        seed: of initial weights, batch order, dropout and, with data.resample, the sample of the training split.
         output: where the record goes.
     """
 

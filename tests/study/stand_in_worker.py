@@ -1,7 +1,8 @@
 """A worker that trains nothing: it writes the record that its job would have had, at once. No torch.
 
 In `<runs_dir>/orders.json`, by arm's norm: "fail" (each time), "fail once", "die" (killed), "wait" (until stopped),
-"diverge", "nothing" (ends well and leaves nothing). Each start is a line of `<runs_dir>/starts`.
+"diverge", "diverge at 1" (seed 1 alone), "nothing" (ends well and leaves nothing); for jobs that measure runs together:
+"fail together", "fail together once". Each start is a line of `<runs_dir>/starts`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ if order == "nothing":
     sys.exit(0)
 if order == "die":
     os.kill(os.getpid(), signal.SIGKILL)
+if job.seeds:
+    if order == "fail together" or (order == "fail together once" and tries == 1):
+        print("normlab: error: no weights", file=sys.stderr)
+        sys.exit(2)
+    measured = job.measured()
+    ids = [each.id for each in measured]
+    for name, options in job.probes.items():
+        rows = [{"run": each.id, "variance_nats": len(ids) + each.config.seed / 100} for each in measured]
+        measured[0].write_probe(name, {"options": dict(options), "runs": ids, "rows": rows}, ids)
+    sys.exit(0)
 record = RunRecord.create(config)
 record.start()
 if order == "wait":
@@ -42,7 +53,7 @@ loss = abs(config.optim.lr - 1e-2) + (config.model.norm != "ln") * 0.5 + config.
 for step in (1, 2):
     record.log(step, step * 0.1, {"valid_loss_nats": loss + 1 - step / 2, "train_loss_nats": loss})
 record.write_environment({"machine": "test", "git": {"commit": "abc", "dirty": False}})
-if order == "diverge":
+if order == "diverge" or (order == "diverge at 1" and config.seed == 1):
     record.finish(Outcome("diverged", "loss", 2, 0.2, {"unigram_test_loss_nats": 3.0}))
 else:
     results = {"valid_loss_nats": loss, "test_loss_nats": loss, "unigram_test_loss_nats": 3.0}

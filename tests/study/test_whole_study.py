@@ -52,7 +52,8 @@ def test_a_killed_study_goes_on_and_ends(tiny_text: Path, tmp_path: Path, reques
     output, _ = study.communicate(timeout=SECONDS)
     states = [record.outcome().state for record in records(tmp_path)]
     assert states == ["finished"] * 4, output
-    assert output.count(": step 200/200") == 4, "each run once, though two arguments want it"
+    assert output.count(": step 200/200") == 4, "each run once, though three arguments want it"
+    assert output.count(": bias_variance of 2 runs together") == 2
     plan = tiny_study(tiny_text, tmp_path)
     for claim in plan.claims:
         assert f"{claim.id} (small): " in output
@@ -63,6 +64,11 @@ def test_a_killed_study_goes_on_and_ends(tiny_text: Path, tmp_path: Path, reques
         before = plan.table(claim).read_bytes()
         plan.write(plan.state(claim))
         assert plan.table(claim).read_bytes() == before
+    of_seed = {row.run_id: row.value for row in read_rows(plan.table(plan.claims[-1]))}
+    measured = [record.probe("bias_variance", [record.id, record.at_seed(2).id]) for record in records(tmp_path)]
+    found = [each for each in measured if each]
+    assert [len(each["runs"]) for each in found] == [2, 2], "in the folders of seed 1"
+    assert {row["run"]: row["variance_nats"] for each in found for row in each["rows"]} == of_seed
     for record in records(tmp_path):
         assert record.environment()["threads"] == 1
         assert record.probe("discrepancy")["options"]["batches"] == 2

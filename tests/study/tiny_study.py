@@ -1,4 +1,4 @@
-"""Two small arguments that share their runs, and the study of them as a program: it can be killed.
+"""Three small arguments that share their runs, and the study of them as a program: it can be killed.
 
 python tiny_study.py TEXT FOLDER
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.measurements import Measurement, Reach, probe, result
+from normlab.claims.measurements import Measurement, Reach, across_seeds, probe, result
 from normlab.config import OutputConfig, RunConfig, config_from_dict
 from normlab.study.plan import Study
 from normlab.study.running import run_study
@@ -21,6 +21,11 @@ RATES = (1e-3, 1e-2)
 TEST_LOSS = Measurement("test_loss_nats", "nats", True, result("test_loss_nats", "unigram_test_loss_nats"))
 STEPS_TO_LN = Measurement("steps_to_ln", "steps", True, Reach("step", of="ln"))
 DISCREPANCY = Measurement("discrepancy_mean", "sigma", True, probe("discrepancy", "discrepancy_mean", batches=2))
+SEEDS = (1, 2)
+
+
+def variance(seeds: tuple[int, ...] = SEEDS, **options: int) -> Measurement:
+    return Measurement("variance_nats", "nats", True, across_seeds("bias_variance", "variance_nats", seeds, **options))
 
 
 def base_run(text: Path) -> RunConfig:
@@ -38,6 +43,7 @@ def tiny_claim(
     claim_id: str = "z1_ln_is_better",
     measurement: Measurement = TEST_LOSS,
     rates: tuple[float, ...] = RATES,
+    seeds: tuple[int, ...] = SEEDS,
 ) -> Claim:
     return Claim(
         id=claim_id,
@@ -48,14 +54,18 @@ def tiny_claim(
         measurements=(measurement,),
         comparisons=(Comparison("ln", "bn_step", measurement.name, "better", 0.01, "a round number"),),
         tuning_seeds=(7,),
-        verdict_seeds=(1, 2),
+        verdict_seeds=seeds,
     )
 
 
 def tiny_study(text: Path, folder: Path) -> Study:
-    """Two arguments with the same four runs."""
+    """Three arguments with the same four runs."""
     one_rate = (1e-2,)
-    claims = [tiny_claim(text, rates=one_rate), tiny_claim(text, "z2_discrepancy", DISCREPANCY, one_rate)]
+    claims = [
+        tiny_claim(text, rates=one_rate),
+        tiny_claim(text, "z2_discrepancy", DISCREPANCY, one_rate),
+        tiny_claim(text, "z3_variance", variance(examples=64), one_rate),
+    ]
     output = OutputConfig(runs_dir=str(folder / "runs"), wandb="off", progress=False)
     return Study(claims, "small", output, folder / "results")
 

@@ -55,6 +55,16 @@ def test_they_are_recorded(tiny_run: Build):
         assert train(tiny_run(**changes, training__steps=2)).environment()["statistics_batch_rows"] == rows
 
 
+def test_the_sample_that_a_run_is_trained_on_is_recorded(tiny_run: Build):
+    data = train(tiny_run(data__resample=True, training__steps=2)).environment()["data"]
+    other = train(tiny_run(data__resample=True, training__steps=2, seed=2)).environment()["data"]
+    assert data["resample"]["unit"] == "tokens, in blocks of 1000"
+    assert 0.4 < data["resample"]["distinct"] / data["splits"]["train"]["tokens"] < 0.9
+    assert data["resample"]["sha256"] != other["resample"]["sha256"]
+    assert data["sha256"] == other["sha256"], "of the corpus"
+    assert "resample" not in train(tiny_run(training__steps=2)).environment()["data"]
+
+
 def test_the_matrix_products_are_recorded_and_kept(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
     if not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")

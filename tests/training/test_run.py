@@ -71,6 +71,7 @@ RESUMED = {
         "data__batch_size": 4,
     },
     "lstm, dropout": {"model__dropout": 0.2, "model__layers": 2},
+    "lstm, a sample of the text": {"data__resample": True},
     "lstm, accumulation": {"training__accumulate": 2},
     "transformer, bn, warm-up": {
         "model": "transformer",
@@ -291,6 +292,7 @@ OTHER = {
         "stream": "stateful",
         "text_column": "nothing",
         "label_column": "nothing",
+        "resample": True,
     },
 }
 ELSEWHERE = {

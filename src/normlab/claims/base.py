@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from normlab.claims.measurements import Measurement, Probed, parts, result
+from normlab.claims.measurements import AcrossSeeds, Measurement, Probed, parts, result
 from normlab.claims.rows import Phase, Row
 from normlab.config import (
     InputError,
@@ -24,8 +24,8 @@ from normlab.config import (
     config_from_dict,
     config_to_dict,
     require_choice,
-    run_id,
 )
+from normlab.execution.jobs import Job
 
 if TYPE_CHECKING:
     from normlab.stats.verdicts import ClaimVerdict, Verdict
@@ -94,16 +94,22 @@ class Comparison:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that a claim wants, and for what."""
+    """A run that a claim wants, and for what.
+
+    Args:
+        seeds: empty for the run itself. Else what is wanted are the probes that measure the arm's runs at these seeds
+            together, and the config is that of the first.
+    """
 
     setting: str
     arm: str
     phase: Phase
     config: RunConfig
+    seeds: tuple[int, ...] = ()
 
     @cached_property
     def id(self) -> str:
-        return run_id(self.config)
+        return Job(self.config, seeds=self.seeds).id
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -163,8 +169,12 @@ class Claim:
             require_choice(f"measurement of {self.id}", comparison.measurement, names)
             self._require(bool(self._settings_of(comparison)), f"no setting has {' and '.join(comparison.arms)}")
             self._require(comparison.margin > 0 and bool(comparison.margin_reason), "a margin is > 0 and has a reason")
-        options: dict[str, Probed] = {}
-        for read in self.probes:
+        options: dict[str, Probed | AcrossSeeds] = {}
+        for read in self.across_seeds:
+            self._require(
+                read.seeds == self.verdict_seeds, f"{read.probe} measures across {read.seeds}, not the verdict seeds"
+            )
+        for read in [*self.probes, *self.across_seeds]:
             require_choice("probe", read.probe, available_probes())
             other = options.setdefault(read.probe, read)
             self._require(
@@ -178,6 +188,10 @@ class Claim:
     @property
     def probes(self) -> list[Probed]:
         return [read for m in self.measurements for read in parts(m.read) if isinstance(read, Probed)]
+
+    @property
+    def across_seeds(self) -> list[AcrossSeeds]:
+        return [read for m in self.measurements for read in parts(m.read) if isinstance(read, AcrossSeeds)]
 
     def scales(self) -> list[Scale]:
         """Scales at which all settings have a base run."""
@@ -205,6 +219,11 @@ class Claim:
             for config in [setting.config(scale, arm)]
             for seed in self.verdict_seeds
         ]
+
+    def together(self, run: PlannedRun) -> PlannedRun:
+        """What measures all verdict runs of the arm of `run`, which is one of them, together."""
+        first = dataclasses.replace(run.config, seed=self.verdict_seeds[0])
+        return dataclasses.replace(run, config=first, seeds=self.verdict_seeds)
 
     def choose_rates(self, rows: Iterable[Row]) -> dict[tuple[str, str], float]:
         """Rates of the arms whose sweep is complete: fewest diverged runs, then lowest mean loss, then smallest rate.

@@ -10,7 +10,21 @@ from typing import Any, Literal, Protocol
 from normlab.config import InputError
 from normlab.records.record import RunRecord
 
-__all__ = ["Difference", "Log2", "Measurement", "Probed", "Reach", "Read", "Result", "Tail", "parts", "probe", "result"]
+__all__ = [
+    "AcrossSeeds",
+    "Difference",
+    "Log2",
+    "Measurement",
+    "Probed",
+    "Reach",
+    "Read",
+    "Result",
+    "Tail",
+    "across_seeds",
+    "parts",
+    "probe",
+    "result",
+]
 
 Peers = Mapping[str, RunRecord]
 """Records of the other arms at the same setting and seed, by arm."""
@@ -45,6 +59,11 @@ class Measurement:
     def is_readable(self, peers: Peers) -> bool:
         """Whether the record of every arm that it looks at is there."""
         return all(read.of in peers for read in parts(self.read) if isinstance(read, Reach))
+
+    @property
+    def is_across_seeds(self) -> bool:
+        """Whether it stands in a measurement of the runs at all seeds together."""
+        return any(isinstance(read, AcrossSeeds) for read in parts(self.read))
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,29 @@ class Probed:
 
 
 @dataclass(frozen=True)
+class AcrossSeeds:
+    """A number that a probe, which measures an arm's runs at all `seeds` together, has in its row of one of them;
+    `across_seeds` makes one.
+
+    Diverged runs are left out of the measurement: NaN for them, and for a run that is the only one left.
+    """
+
+    probe: str
+    key: str
+    seeds: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, record: RunRecord, peers: Peers) -> float:
+        runs = [each for each in map(record.at_seed, self.seeds) if each.outcome().state == "finished"]
+        ids = [each.id for each in runs]
+        if ids == [record.id]:
+            return math.nan
+        rows = runs[0].probe(self.probe, ids).get("rows", []) if runs else []
+        row = next((row for row in rows if row["run"] == record.id), {})
+        return float(row[self.key]) if self.key in row else _missing(record, f"{self.probe}: {self.key}")
+
+
+@dataclass(frozen=True)
 class Difference:
     """One number less another one of the same run, such as a loss with stored statistics less that with the batch's."""
 
@@ -148,6 +190,12 @@ def result(*names: str) -> Result:
 def probe(name: str, key: str, **options: Any) -> Probed:
     """What the probe `name` says under `key`; the probe is run on each verdict run of a claim that measures it."""
     return Probed(name, key, tuple(sorted(options.items())))
+
+
+def across_seeds(name: str, key: str, seeds: tuple[int, ...], **options: Any) -> AcrossSeeds:
+    """What the probe `name` says under `key` in the row of each run; it is run on those of an arm at all `seeds` (the
+    verdict seeds of the claim) together."""
+    return AcrossSeeds(name, key, seeds, tuple(sorted(options.items())))
 
 
 def _missing(record: RunRecord, what: str) -> float:

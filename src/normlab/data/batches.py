@@ -20,6 +20,7 @@ from torch import Tensor
 
 from normlab.config import DataConfig, InputError
 from normlab.data.prepared import EncodedSplit, PreparedText
+from normlab.data.resample import resampled
 
 __all__ = ["Batch", "LanguageStream", "LanguageWindows", "Loader", "TextBatches", "make_loader"]
 
@@ -313,14 +314,16 @@ def make_loader(
 
     Args:
         text: the prepared corpus.
-        data: batch_size and stream.
+        data: batch_size, stream and resample.
         split: train, valid or test.
         train: shuffled epochs, or one pass in fixed order over everything (the training split too can be evaluated).
-        seed: of the order.
+        seed: of the order, and of the sample of the training split if there is one.
         rank: this process.
         world: number of processes.
     """
     part = text.splits[split]
+    if data.resample and split == "train":
+        part = resampled(part, seed)
     if text.task == "classification":
         return TextBatches(part, batch_size=data.batch_size, train=train, seed=seed, rank=rank, world=world)
     cls = LanguageStream if data.stream == "stateful" else LanguageWindows

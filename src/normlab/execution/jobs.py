@@ -1,7 +1,8 @@
-"""One run to be done by somebody: its config, and the probes that measure it afterwards. No torch."""
+"""What is to be done by somebody: a run and the probes that measure it, or probes of runs together. No torch."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,28 +23,50 @@ JOB_FILE = "job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """A run, with its place in `config.output`, and options by name of the probes it needs."""
+    """A run and its probes, or, with `seeds`, probes of runs that differ in seed alone and have ended.
+
+    Args:
+        config: of the run, with its place in `output`; of the first one if there are `seeds`.
+        probes: their options by name.
+        seeds: of the runs that the probes measure together; empty for one run by itself.
+    """
 
     config: RunConfig
     probes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
 
     @cached_property
     def id(self) -> str:
-        return run_id(self.config)
+        """That of the run; of runs together, one that their seeds decide."""
+        if not self.seeds:
+            return run_id(self.config)
+        return f"{run_id(self.config)}-seeds-{hashlib.sha256(repr(self.seeds).encode()).hexdigest()[:8]}"
 
     @property
     def record(self) -> RunRecord:
-        return RunRecord(Path(self.config.output.runs_dir) / self.id, self.config)
+        return RunRecord(Path(self.config.output.runs_dir) / run_id(self.config), self.config)
+
+    @property
+    def records(self) -> list[RunRecord]:
+        """Of all its runs."""
+        return [self.record.at_seed(seed) for seed in self.seeds] or [self.record]
 
     def is_trained(self) -> bool:
-        return self.record.outcome().state in ("finished", "diverged")
+        return all(record.outcome().state in ("finished", "diverged") for record in self.records)
+
+    def measured(self) -> list[RunRecord]:
+        """Runs that the probes look at: a diverged one has no weights worth measuring. What they find is in the folder
+        of the first. Of runs together too few may be left."""
+        finished = [record for record in self.records if record.outcome().state == "finished"]
+        return [] if self.seeds and len(finished) < 2 else finished
 
     def missing_probes(self) -> list[str]:
-        """Probes that did not measure yet, or with other options. A diverged run has no weights worth measuring."""
-        record = self.record
-        if record.outcome().state == "diverged":
+        """Probes that did not measure yet, or with other options."""
+        runs = self.measured()
+        if not runs:
             return []
-        found = {name: record.probe(name) for name in self.probes}
+        ids = [record.id for record in runs]
+        found = {name: runs[0].probe(name, ids) for name in self.probes}
         return [
             name
             for name, options in self.probes.items()
@@ -54,7 +77,7 @@ class Job:
         return self.is_trained() and not self.missing_probes()
 
     def joined(self, other: Job) -> Job:
-        """This run with the probes of both.
+        """The same with the probes of both.
 
         Raises:
             InputError: they want a probe with different options; a record has room for one.
@@ -63,7 +86,7 @@ class Job:
             if self.probes[name] != other.probes[name]:
                 claims = f"{self.config.output.claim} and {other.config.output.claim}"
                 raise InputError(f"{claims} want the probe {name} of run {self.id} with different options")
-        return Job(self.config, {**self.probes, **other.probes})
+        return Job(self.config, {**self.probes, **other.probes}, self.seeds)
 
     def seconds(self) -> float:
         """What the whole job took; without that, the training alone."""
@@ -75,13 +98,14 @@ class Job:
 
 
 def write_job(path: Path, job: Job) -> None:
-    values = {"config": config_to_dict(job.config), "probes": {name: dict(o) for name, o in job.probes.items()}}
+    probes = {name: dict(options) for name, options in job.probes.items()}
+    values = {"config": config_to_dict(job.config), "probes": probes, "seeds": list(job.seeds)}
     write_atomically(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def read_job(path: Path) -> Job:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return Job(config_from_dict(values["config"]), values["probes"])
+        return Job(config_from_dict(values["config"]), values["probes"], tuple(values["seeds"]))
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise InputError(f"cannot read the job {path}: {' '.join(str(error).split())}") from None

@@ -47,7 +47,8 @@ def perform(job: Job) -> bool:
         from normlab.training.probing import run_probe
 
         for name in missing:
-            run_probe(name, [job.record.folder], job.probes[name], job.config.output.runs_dir)
+            folders = [record.folder for record in job.measured()]
+            run_probe(name, folders, job.probes[name], job.config.output.runs_dir)
     if is_whole:  # else this is the time of a part
         write_atomically(job.record.folder / JOB_FILE, to_json({"job_seconds": time.monotonic() - BEGAN}) + "\n")
     return True

@@ -26,6 +26,8 @@ __all__ = ["BiasVariance", "split_losses"]
 class BiasVariance(Probe):
     """Split of the test loss of runs that differ in seed or corpus (a resample) alone, on the same test data.
 
+    With data.resample the seeds draw the training texts as well.
+
     Cross-entropy (Heskes 1998): with the common prediction q proportional to exp(mean over runs of log p_r),
     mean_r -log p_r(y) = -log q(y) + mean_r KL(q || p_r): bias and variance in nats. Brier score: mean_r |p_r - y|^2 =
     |mean p - y|^2 + mean_r |p_r - mean p|^2. Both biases hold the noise that no model could remove. Runs whose

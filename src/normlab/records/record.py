@@ -5,7 +5,8 @@
               metrics.jsonl      one row per line: step, seconds and metrics with units in their names
               outcome.json       how the run ended
               statistics_gap.json  running averages against re-estimated statistics, per norm that stores any
-              probes/<name>.json  what a probe measured on the run once it had ended
+              probes/<name>.json  what a probe measured on the run once it had ended; <name>-<hash>.json: on it
+                                 and other runs together
               checkpoints/       what to resume from
               tokenizer.json     symbols of the corpus
 
@@ -18,8 +19,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -172,16 +174,25 @@ class RunRecord:
         """What `write_statistics_gap` wrote: `batches` and `norms`; empty if it was never called."""
         return self._read_json("statistics_gap.json") or {}
 
-    def write_probe(self, name: str, values: Mapping[str, Any]) -> Path:
-        """What the probe `name` measured, in place of what it did before; returns the file."""
-        path = self.folder / "probes" / f"{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        self._write_json(f"probes/{name}.json", values)
-        return path
+    def at_seed(self, seed: int) -> RunRecord:
+        """The record of the run that differs in its seed alone, in the same folder of runs; it need not be there."""
+        config = dataclasses.replace(self.config, seed=seed)
+        return RunRecord(self.folder.with_name(run_id(config)), config)
 
-    def probe(self, name: str) -> dict[str, Any]:
-        """What `write_probe` wrote; empty if it was never called."""
-        return self._read_json(f"probes/{name}.json") or {}
+    def write_probe(self, name: str, values: Mapping[str, Any], runs: Sequence[str] = ()) -> Path:
+        """What the probe `name` measured, in place of what it did before; returns the file.
+
+        Args:
+            runs: ids of all that it measured, if this run was not the only one.
+        """
+        file = _probe_file(name, runs)
+        (self.folder / "probes").mkdir(exist_ok=True)
+        self._write_json(file, values)
+        return self.folder / file
+
+    def probe(self, name: str, runs: Sequence[str] = ()) -> dict[str, Any]:
+        """What `write_probe` wrote with just these `runs`; empty if it was never called."""
+        return self._read_json(_probe_file(name, runs)) or {}
 
     def finish(self, outcome: Outcome) -> None:
         """Write the outcome and give the record free."""
@@ -256,6 +267,13 @@ class RunRecord:
                 f"{path} has format version {version}, this normlab reads {FORMAT_VERSION}: use the one that wrote it"
             )
         return values
+
+
+def _probe_file(name: str, runs: Sequence[str]) -> str:
+    """Runs measured together have a file for each list of them: arguments may take other seeds of one arm."""
+    if len(runs) < 2:
+        return f"probes/{name}.json"
+    return f"probes/{name}-{hashlib.sha256(' '.join(runs).encode()).hexdigest()[:8]}.json"
 
 
 def record_ids(runs_dir: str | os.PathLike[str]) -> list[str]:

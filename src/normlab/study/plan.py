@@ -1,6 +1,7 @@
 """What the chosen arguments want and what of it is missing, and their rows in `results/<scale>/<claim>.csv`.
 
-    tuning runs -> the rate of each arm, as soon as its sweep is complete -> its verdict runs -> rows
+    tuning runs -> the rate of each arm, as soon as its sweep is complete -> its verdict runs
+                                                          -> probes of these together, if it measures any -> rows
 
 The state is on disk: records in the runs folder, and the rows of runs whose records are elsewhere.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 from normlab.claims.base import TUNING, Claim, PlannedRun, Rates, Scale
 from normlab.claims.measurements import Measurement
 from normlab.claims.rows import Phase, Row, read_rows, write_rows
-from normlab.config import InputError, OutputConfig, config_hash
+from normlab.config import InputError, OutputConfig, config_hash, run_id
 from normlab.data.corpora import require_corpus
 from normlab.execution.durations import Durations
 from normlab.execution.jobs import Job
@@ -30,9 +31,10 @@ class ClaimState:
 
     Args:
         rates: chosen so far.
-        runs: all that it wants; verdict runs of arms without a rate are planned with the first of the sweep.
+        runs: all that it wants, probes of an arm's runs together as one more (`PlannedRun.seeds`); verdict runs of arms
+            without a rate are planned with the first of the sweep.
         ready: those to be run now.
-        waiting: verdict runs to be run once their arm has a rate.
+        waiting: verdict runs to be run once their arm has a rate, and probes once all runs of their arm are done.
     """
 
     claim: Claim
@@ -103,7 +105,15 @@ class Study:
         tuned = [run for run in verdict if (run.setting, run.arm) in rates]
         ready += [run for run in tuned if not self._has(claim, run)]
         waiting = [run for run in verdict if (run.setting, run.arm) not in rates]
-        return ClaimState(claim, rates, [*tuning, *verdict], ready, waiting)
+        of_first_seed = [run for run in verdict if run.config.seed == claim.verdict_seeds[0]]
+        together = [claim.together(run) for run in of_first_seed] if claim.across_seeds else []
+        missing = {(run.setting, run.arm) for run in [*ready, *waiting] if run.phase == "verdict"}
+        for run in together:
+            if (run.setting, run.arm) in missing:
+                waiting.append(run)
+            elif not self._has(claim, run):
+                ready.append(run)
+        return ClaimState(claim, rates, [*tuning, *verdict, *together], ready, waiting)
 
     def jobs(self, states: Sequence[ClaimState]) -> list[Job]:
         """What is to be run now, each run once: tuning runs first, then verdict runs seed by seed, so that pairs are
@@ -121,7 +131,8 @@ class Study:
     def rows(self, state: ClaimState) -> list[Row]:
         """All rows there are, in the order of the plan: from records, and from the table for runs without one."""
         tuning = [run for run in state.runs if run.phase == "tuning"]
-        verdict = [run for run in state.runs if run.phase == "verdict" and (run.setting, run.arm) in state.rates]
+        tuned = [run for run in state.runs if run.phase == "verdict" and (run.setting, run.arm) in state.rates]
+        verdict = [run for run in tuned if not run.seeds]
         claim = state.claim
         return [*self._rows(claim, tuning, (TUNING,)), *self._rows(claim, verdict, claim.measurements)]
 
@@ -138,9 +149,17 @@ class Study:
         return sum(known) / len(known) * len(estimates) if known else (None if estimates else 0.0)
 
     def _table_rows(self, claim: Claim) -> dict[tuple[Phase, str, str, int], list[Row]]:
+        found = read_rows(self.table(claim))
+        seeds: dict[tuple[str, str, str], set[int]] = {}
+        for row in found:
+            seeds.setdefault((row.setting, row.arm, row.measurement), set()).add(row.seed)
+        together = {measurement.name for measurement in claim.measurements if measurement.is_across_seeds}
         rows: dict[tuple[Phase, str, str, int], list[Row]] = {}
-        for row in read_rows(self.table(claim)):
-            rows.setdefault((row.phase, row.setting, row.arm, row.seed), []).append(row)
+        for row in found:
+            # What was measured together with other seeds than are wanted now is another number.
+            same_seeds = seeds[row.setting, row.arm, row.measurement] == set(claim.verdict_seeds)
+            if row.measurement not in together or same_seeds:
+                rows.setdefault((row.phase, row.setting, row.arm, row.seed), []).append(row)
         return rows
 
     def _jobs(self, wanted: Sequence[tuple[Claim, PlannedRun]]) -> list[Job]:
@@ -152,8 +171,8 @@ class Study:
 
     def _job(self, claim: Claim, run: PlannedRun) -> Job:
         config = dataclasses.replace(run.config, output=dataclasses.replace(self.output, claim=claim.id))
-        probes = claim.probes if run.phase == "verdict" else []
-        return Job(config, {read.probe: dict(read.options) for read in probes})
+        probes = claim.across_seeds if run.seeds else claim.probes if run.phase == "verdict" else []
+        return Job(config, {read.probe: dict(read.options) for read in probes}, run.seeds)
 
     def _record(self, claim: Claim, run: PlannedRun) -> RunRecord | None:
         """The record of a run that is done, probes and all. What is done stays so: disk is asked until then."""
@@ -168,23 +187,28 @@ class Study:
 
     def _has(self, claim: Claim, run: PlannedRun) -> bool:
         """Whether its numbers are there. Those of a table count if all arms at that seed are in it: a measurement may
-        look at the record of another arm, and a pair is best from one machine."""
+        look at the record of another arm, and a pair is best from one machine. If the runs of an arm are measured
+        together all seeds must be in it, too: one that is missing would need the weights of the others."""
         if self._record(claim, run) is not None:
             return True
-        rows = [row for row in self._kept_rows(claim, run, run.arm) if row.run_id == run.id]
+        rows = [row for row in self._kept_rows(claim, run, run.arm) if row.run_id == run_id(run.config)]
         if rows:
             self.durations.add(run.config, rows[0].seconds)
         if run.phase == "tuning":
             return bool(rows)
         wanted = {measurement.name for measurement in claim.measurements}
         arms = claim.settings[run.setting].arms
+        seeds = claim.verdict_seeds if claim.across_seeds else (run.config.seed,)
         return bool(rows) and all(
-            wanted <= {row.measurement for row in self._kept_rows(claim, run, arm)} for arm in arms
+            wanted <= {row.measurement for row in self._kept_rows(claim, run, arm, seed)}
+            for arm in arms
+            for seed in seeds
         )
 
-    def _kept_rows(self, claim: Claim, run: PlannedRun, arm: str) -> list[Row]:
-        """Rows of the table as it was found, of `arm` where `run` is."""
-        return self._kept[claim.id].get((run.phase, run.setting, arm, run.config.seed), [])
+    def _kept_rows(self, claim: Claim, run: PlannedRun, arm: str, seed: int | None = None) -> list[Row]:
+        """Rows of the table as it was found, of `arm` where `run` is, at its seed or another."""
+        seed = run.config.seed if seed is None else seed
+        return self._kept[claim.id].get((run.phase, run.setting, arm, seed), [])
 
     def _rows(self, claim: Claim, runs: Sequence[PlannedRun], measurements: Sequence[Measurement]) -> list[Row]:
         records = [(run, self._record(claim, run)) for run in runs]
@@ -198,7 +222,10 @@ class Study:
             kept = self._kept_rows(claim, run, run.arm)
             for measurement in measurements:
                 key = (claim.id, measurement.name, *run.key)
-                if key not in self._read and record is not None and measurement.is_readable(others):
+                readable = measurement.is_readable(others) and (
+                    not measurement.is_across_seeds or self._record(claim, claim.together(run)) is not None
+                )
+                if key not in self._read and record is not None and readable:
                     self._read[key] = _row(run, measurement, record, measurement.read(record, others))
                 row = self._read.get(key) or next(
                     (row for row in kept if (row.run_id, row.measurement) == (run.id, measurement.name)), None

@@ -60,9 +60,12 @@ def print_plan(study: Study, workers: int, console: Console) -> None:
     for job in study.jobs(states):
         about = f"rate {job.config.optim.lr:<6g} seed {job.config.seed:<4} {', '.join(users[job.id])}"
         console.print(f"{job.id:{width}}  {about}", highlight=False, markup=False, soft_wrap=True)
-    waiting = len({run.id for state in states for run in state.waiting})
-    if waiting:
-        console.print(f"then {waiting} verdict runs, at rates that tuning chooses", highlight=False)
+    waiting = {run.id: run for state in states for run in state.waiting}.values()
+    untuned, together = sum(not run.seeds for run in waiting), sum(bool(run.seeds) for run in waiting)
+    if untuned:
+        console.print(f"then {untuned} verdict runs, at rates that tuning chooses", highlight=False)
+    if together:
+        console.print(f"then {together} times the verdict runs of an arm are measured together", highlight=False)
     left = _time_left(study, states, workers)
     console.print(f"{len(users)} runs to do now; about {left} for all with {workers} workers", highlight=False)
 
@@ -148,7 +151,9 @@ def _rates(state: ClaimState) -> str:
 
 
 def _progress(job: Job) -> str:
-    """Step and last losses of a run, from the end of its curve."""
+    """Step and last losses of a run, from the end of its curve; for runs together, what measures them."""
+    if job.seeds:
+        return f"{', '.join(job.probes)} of {len(job.measured())} runs together"
     rows = list(_last_rows(job.record.folder / "metrics.jsonl"))
     if not rows:
         return "starting"

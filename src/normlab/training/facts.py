@@ -12,6 +12,7 @@ import torch
 
 from normlab.config import RunConfig
 from normlab.data.prepared import PreparedText
+from normlab.data.resample import sample_facts
 from normlab.machine.products import choice
 from normlab.models.recurrent import Recurrent
 from normlab.norms.base import Norm
@@ -34,7 +35,7 @@ __all__ = [
 
 def data_facts(text: PreparedText, config: RunConfig) -> dict[str, Any]:
     """What the record says about the data."""
-    return {
+    facts: dict[str, Any] = {
         "corpus": text.name,
         "sha256": text.sha256,
         "source": text.source,
@@ -48,6 +49,9 @@ def data_facts(text: PreparedText, config: RunConfig) -> dict[str, Any]:
         "evaluation": evaluation_note(text, config.data.stream),
         "splits": {name: dataclasses.asdict(split.counts) for name, split in text.splits.items()},
     }
+    if config.data.resample:
+        facts["resample"] = sample_facts(text.splits["train"], config.seed)
+    return facts
 
 
 def site_facts(module: TextModule) -> dict[str, str]:

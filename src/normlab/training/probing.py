@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normlab.config import InputError
+from normlab.config import DataConfig, InputError
 from normlab.data.prepared import PreparedText, prepare
 from normlab.probes.base import Measurement, Probe, Subject, build_probe
 from normlab.records.disk import to_json, write_atomically
@@ -26,11 +27,14 @@ UNTRAINED = "untrained"
 """Folder, in that of the runs, of what probes measured without one."""
 
 
-def open_run(run: str | Path, runs_dir: str | Path = "runs") -> tuple[RunRecord, Subject]:
+def open_run(
+    run: str | Path, runs_dir: str | Path = "runs", prepare: Callable[[DataConfig], PreparedText] = prepare
+) -> tuple[RunRecord, Subject]:
     """The record of a run that has ended, and its model as it was tested (on a GPU if the run may use one).
 
     Args:
         run: id in `runs_dir`, or the folder of the record.
+        prepare: its text.
 
     Raises:
         InputError: no such run, no weights, it has not ended, or its text has changed.
@@ -80,7 +84,8 @@ def run_probe(
 ) -> dict[str, Any]:
     """Measure and write `probes/<name>.json` into the folder of the first run, in place of an earlier one.
 
-    Without a run: `<runs_dir>/untrained/probes/<name>-<hash of the options>.json`.
+    Several runs: `probes/<name>-<hash of their ids>.json`. Without a run: `<runs_dir>/untrained/probes/<name>-<hash of
+    the options>.json`.
 
     Args:
         probe: its name, or the probe itself, with its options.
@@ -95,7 +100,8 @@ def run_probe(
     if isinstance(probe, str):
         probe = build_probe(probe, options or {})
     probe.require_runs(len(runs))
-    opened = [open_run(run, runs_dir) for run in runs]
+    prepare_once = functools.cache(prepare)  # runs of one arm have one text
+    opened = [open_run(run, runs_dir, prepare_once) for run in runs]
     folder = (opened[0][0].folder if opened else Path(runs_dir) / UNTRAINED) / "probes"
     with _writing(folder):  # before the measurement, which may take long
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +115,7 @@ def run_probe(
     }
     with _writing(folder):
         if opened:
-            path = opened[0][0].write_probe(probe.name, values)
+            path = opened[0][0].write_probe(probe.name, values, values["runs"])
         else:
             digest = hashlib.sha256(to_json(probe.options).encode()).hexdigest()[:8]
             path = folder / f"{probe.name}-{digest}.json"
