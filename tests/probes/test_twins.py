@@ -74,6 +74,20 @@ def test_share_of_relu_active(activation: str, mode: str, subject: Build) -> Non
     assert row["active"] == pytest.approx(float((kept > 0).double().mean()), abs=1e-6)
 
 
+@pytest.mark.parametrize("norm", ["none", "bn"])
+def test_share_of_units_that_a_hidden_layer_lets_pass(norm: str, subject: Build) -> None:
+    of = subject(model="mlp", model__norm=norm)
+    found = ActivationStatistics(batches=1)(of)
+    passed: list[Tensor] = []
+    model: Any = of.model.eval()
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, inputs, y: passed.append(y))
+    batch = of.batches("valid", 1)[0]
+    model(batch.tokens_BT, batch.mask_BT)
+    shares = [float((y if batch.mask_BT is None else y[batch.mask_BT]).gt(0).double().mean()) for y in passed]
+    assert found.summary["active.hidden"] == pytest.approx(sum(shares) / 2, abs=1e-6)
+
+
 @pytest.mark.parametrize("norm", ["brn", "pn"])
 def test_all_batches_see_the_same_model(norm: str, subject: Build) -> None:
     """In training mode too: these normalize by what they stored."""
