@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from normlab.__main__ import main
-from normlab.claims import available_claims
+from normlab.claims import available_claims, load_claim
 from normlab.execution.local import LocalWorkers
 
 
@@ -57,7 +57,10 @@ def test_without_an_argument_all_are_listed(capsys: pytest.CaptureFixture[str], 
     assert main(["study"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert {line[0] for line in lines} == {"argument", *available_claims()}
-    assert ["d4_ln_solves_it", "measured", "small", "0", "48", "?"] in lines
+    d4 = load_claim("d4_ln_solves_it")
+    setting = d4.settings["char_lstm"]
+    runs = len(setting.arms) * (len(setting.learning_rates) * len(d4.tuning_seeds) + len(d4.verdict_seeds))
+    assert ["d4_ln_solves_it", "measured", "small", "0", str(runs), "?"] in lines
     assert not list(tmp_path.iterdir())
 
 
