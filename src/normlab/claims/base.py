@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from normlab.claims.figures import ByX, Curves, Figure
 from normlab.claims.measurements import Measurement, Probed, result
 from normlab.claims.rows import Phase, Row
 from normlab.config import (
@@ -117,6 +118,7 @@ class Claim:
         comparisons: what decides.
         tuning_seeds: of the runs by which rates are chosen.
         verdict_seeds: of the runs that decide; no tuning seed is among them.
+        figures: what is drawn of the verdict runs, beside the effects.
 
     Raises:
         InputError: it contradicts itself.
@@ -132,6 +134,7 @@ class Claim:
     comparisons: tuple[Comparison, ...] = ()
     tuning_seeds: tuple[int, ...] = ()
     verdict_seeds: tuple[int, ...] = ()
+    figures: tuple[Figure, ...] = (Curves(),)
 
     def __post_init__(self) -> None:
         self._require(bool(self.sentence and self.source), "it needs a sentence and its source")
@@ -164,6 +167,9 @@ class Claim:
             self._require(
                 other.options == read.options, f"the probe {read.probe} is asked for with two sets of options"
             )
+        for figure in self.figures:
+            if isinstance(figure, ByX):
+                require_choice(f"probe measured by {self.id}", figure.probe, options)
 
     @property
     def section(self) -> str:
@@ -172,6 +178,10 @@ class Claim:
     @property
     def probes(self) -> list[Probed]:
         return [m.read for m in self.measurements if isinstance(m.read, Probed)]
+
+    def pairs(self) -> list[tuple[Comparison, str]]:
+        """Each comparison with each of its settings, in the order of the verdicts of `judge`."""
+        return [(comparison, setting) for comparison in self.comparisons for setting in self._settings_of(comparison)]
 
     def scales(self) -> list[Scale]:
         """Scales at which all settings have a base run."""
