@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study test check format watch norms bench lock clean
+.PHONY: help setup train study report test check format watch norms bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -49,6 +49,9 @@ train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
 
 study: $(READY) ## run what an argument still misses: CLAIM SCALE; without CLAIM list all
 	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(ARGS)
+
+report: $(READY) ## judge all arguments: results/report.html, report.md and the table of the README
+	@$(PY) -m normlab report $(ARGS)
 
 test: $(READY) ## run the test suite
 	@$(PY) -m pytest -n 2 --dist worksteal $(ARGS)

@@ -46,7 +46,7 @@ DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), (0, 
 INK = "#0a0b0c"
 """Stands for the colour of the text around; matplotlib has no name for it."""
 
-WIDTH, HEIGHT = 4.6, 2.3  # inches; of the picture, and of the axes in it. A phone shows it near its own size.
+WIDTH, HEIGHT = 3.9, 2.1  # inches; of the picture, and of the axes in it. A phone shows it near its own size.
 LEFT, RIGHT, ABOVE, BELOW = 0.66, 0.14, 0.12, 0.5
 LEGEND_ROW = 0.2
 STYLE = {
@@ -134,14 +134,16 @@ Line = tuple[list[float], list[float], list[float]]
 
 
 def _bands(lines: Mapping[str, Line], looks: Mapping[str, tuple[str, object]], x_label: str, y_label: str) -> Figure:
-    columns = 4 if max(map(len, lines), default=0) < 9 else 3 if max(map(len, lines)) < 15 else 2
-    figure, axes = _axes(math.ceil(len(lines) / columns))
+    longest = max(map(len, lines), default=0)
+    rows = math.ceil(len(lines) / (3 if longest < 11 else 2 if longest < 20 else 1))
+    columns = math.ceil(len(lines) / max(1, rows))
+    figure, axes = _axes(rows)
     for arm, (x, mean, std) in lines.items():
         colour, dashes = looks[arm]
         low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         marker = "o" if len(x) < 2 else ""
-        axes.plot(x, mean, color=colour, linestyle=dashes, marker=marker, label=arm)  # pyright: ignore[reportArgumentType]
+        axes.plot(x, mean, color=colour, linestyle=dashes, marker=marker, label=_shortened(arm, LETTERS - 14))  # pyright: ignore[reportArgumentType]
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.legend(loc="lower center", ncols=columns, frameon=False, handlelength=2.2, columnspacing=1.2, borderpad=0)
@@ -184,7 +186,8 @@ def _lines(plot: LinePlot) -> Figure:
     return drawn
 
 
-ROW = 0.62
+ROW = 0.68
+LETTERS = 54  # that the picture is wide
 
 
 def _effects(plot: EffectPlot) -> Figure:
@@ -193,11 +196,10 @@ def _effects(plot: EffectPlot) -> Figure:
     figure, axes = _axes(0, ROW * len(found), left=RIGHT)
     for row, each in enumerate(found):
         _effect(axes, len(found) - 1 - row, each, _looks(part.claim, part.scale, each.setting)[each.comparison.arm][0])
-    axes.axvline(0, color=INK, linewidth=0.9, alpha=0.7)
     axes.set_ylim(-0.25, len(found) - 0.25)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.grid(axis="y", visible=False)
+    axes.grid(visible=False)
     better = {"lower" if each.measurement.lower_is_better else "higher" for each in found}
     axes.set_xlabel(f"arm minus control, {plot.unit} ({' or '.join(sorted(better))} is better)")
     axes.margins(x=0.04)
@@ -207,16 +209,21 @@ def _effects(plot: EffectPlot) -> Figure:
 def _effect(axes: Axes, height: int, found: Found, colour: str) -> None:
     verdict = found.verdict
     mean, low, high = as_measured(verdict, found.measurement.lower_is_better)
-    band = Rectangle((-verdict.margin, height - 0.13), 2 * verdict.margin, 0.26, linewidth=0, facecolor=INK, alpha=0.17)
+    band = Rectangle((-verdict.margin, height - 0.15), 2 * verdict.margin, 0.3, linewidth=0, facecolor=INK, alpha=0.17)
     axes.add_patch(band)
+    axes.plot([0, 0], [height - 0.17, height + 0.17], color=INK, linewidth=1.2)
     # Both ends are data, so that the axis shows all of the margin.
     axes.plot([-verdict.margin, verdict.margin], [height, height], alpha=0)
     axes.plot([low, high], [height, height], color=colour, linewidth=2.2, solid_capstyle="butt")
     axes.plot([mean], [height], "o", color=colour, markersize=6)
     at = axes.get_yaxis_transform()
     said = f"{found.setting}: {verdict.kind}" + (", by diverged runs" if divergence_decides(*verdict.divergence) else "")
-    axes.text(0, height + 0.45, pair(found.comparison), transform=at, va="center", fontsize=8.5, fontweight="bold")
-    axes.text(0, height + 0.25, said, transform=at, va="center", fontsize=8.5)
+    axes.text(0, height + 0.58, _shortened(pair(found.comparison)), transform=at, va="center", fontsize=8.5, fontweight="bold")
+    axes.text(0, height + 0.33, _shortened(said), transform=at, va="center", fontsize=8.5)
+
+
+def _shortened(text: str, letters: int = LETTERS) -> str:
+    return text if len(text) <= letters else f"{text[: letters - 1]}…"
 
 
 def _words(name: str) -> str:

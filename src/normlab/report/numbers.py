@@ -10,7 +10,8 @@ from normlab.stats.verdicts import Verdict
 
 __all__ = ["as_measured", "decimals", "fixed", "interval", "mean_std", "plain", "probability", "signed", "time"]
 
-MINUS = "\N{MINUS SIGN}"
+MINUS, NO_BREAK = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
+MOST_DIGITS = 6
 
 
 def decimals(scale: float) -> int:
@@ -32,7 +33,9 @@ def signed(value: float, places: int) -> str:
 
 def plain(value: float) -> str:
     """To four digits."""
-    return f"{value:.4g}".replace("-", MINUS) if math.isfinite(value) else "not finite"
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{MINUS * (value < 0)}{abs(value):.4g}"
 
 
 def as_measured(verdict: Verdict, lower_is_better: bool) -> tuple[float, float, float]:
@@ -43,10 +46,10 @@ def as_measured(verdict: Verdict, lower_is_better: bool) -> tuple[float, float, 
 
 
 def interval(verdict: Verdict, lower_is_better: bool) -> str:
-    """Such as "-0.031 [-0.040, -0.022] nats"."""
+    """Such as "-0.031 [-0.040, -0.022] nats"; no line breaks in it."""
     mean, low, high = as_measured(verdict, lower_is_better)
     places = effect_places(verdict)
-    return f"{signed(mean, places)} [{signed(low, places)}, {signed(high, places)}] {verdict.unit}"
+    return f"{signed(mean, places)} [{signed(low, places)}, {signed(high, places)}] {verdict.unit}".replace(" ", NO_BREAK)
 
 
 def effect_places(verdict: Verdict) -> int:
@@ -56,21 +59,19 @@ def effect_places(verdict: Verdict) -> int:
 
 
 def mean_std(values: Sequence[float]) -> str:
-    """Such as "1.234 ± 0.012"; the standard deviation has n - 1."""
-    if not values:
-        return "none"
+    """Such as "1.234 ± 0.012" of one value or more; the standard deviation has n - 1."""
     mean, std = mean_and_std(values)
     if len(values) == 1:
         return plain(mean)
     if not (math.isfinite(mean) and math.isfinite(std)) or max(abs(mean), std) >= 1e6:
         return f"{plain(mean)} ± {plain(std)}"
-    places = decimals(std) if std > 1e-9 * abs(mean) else decimals(abs(mean) / 100)
+    places = min(decimals(std), max(0, MOST_DIGITS - 2 + decimals(abs(mean)))) if std > 0 else decimals(abs(mean) / 100)
     return f"{fixed(mean, places)} ± {fixed(std, places)}"
 
 
 def probability(p: float) -> str:
-    """Such as "0.012", or "< 0.0001"."""
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    """Such as "0.012", or "<0.0001"."""
+    return "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def time(seconds: float) -> str:

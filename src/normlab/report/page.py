@@ -92,7 +92,7 @@ def _linked(text: str) -> Markup:
 
 def _escaped(text: str) -> str:
     """Text that Markdown shows as it is, in a table too."""
-    return _MARKDOWN.sub(r"\\\1", escape(" ".join(text.split()), quote=False))
+    return _MARKDOWN.sub(r"\\\1", escape(re.sub(r"[ \t\r\n]+", " ", text), quote=False))
 
 
 def _linked_markdown(text: str) -> str:

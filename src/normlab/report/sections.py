@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 OVERVIEW = ("argument", "verdict", "effect [95 % interval]", "margin", "scale", "seeds", "why")
+BAND = "mean and standard deviation over seeds"
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,10 @@ def _how(argument: Argument) -> list[str]:
         tuning, verdict = (", ".join(map(str, seeds)) for seeds in (claim.tuning_seeds, claim.verdict_seeds))
         swept = f"; rates are chosen on seeds {tuning} by {TUNING.name}, by one sweep for all arms" if tuning else ""
         lines.append(f"Measured: runs paired by seed, seeds {verdict}{swept}.")
-        reasons = dict.fromkeys(f"{c.margin:g} on {c.measurement}: {c.margin_reason}" for c in claim.comparisons)
-        lines += [f"Margin {reason}." for reason in reasons]
+        of_margin: dict[tuple[float, str], dict[str, None]] = {}
+        for each in claim.comparisons:
+            of_margin.setdefault((each.margin, each.margin_reason), {})[each.measurement] = None
+        lines += [f"Margin {size:g} on {', '.join(names)}: {reason}." for (size, reason), names in of_margin.items()]
         run = {part.scale for part in argument.measured}
         lines += [f"Not yet run at scale {scale}." for scale in claim.scales() if scale not in run]
     return lines
@@ -218,8 +221,8 @@ def _measured_part(argument: Argument, part: Measured) -> Part:
 def _comparisons(part: Measured) -> Table:
     rows = []
     for found in part.found:
-        verdict, control_arm = found.verdict, found.verdict.divergence
-        control, arm = control_arm
+        verdict = found.verdict
+        control, arm = verdict.divergence
         rows.append(
             (
                 found.setting,
@@ -271,7 +274,8 @@ def _arms(part: Measured, setting: str) -> Table:
             found = _of(part.rows, setting, arm, measurement.name)
             diverged |= {row.seed: None if row.diverged else 0.0 for row in found}
             rates |= {row.learning_rate for row in found}
-            cells.append(mean_std([row.value for row in found if not row.diverged]))
+            values = [row.value for row in found if not row.diverged]
+            cells.append(mean_std(values) if values else "")
         rate = divergence_rate(Arm(arm, diverged)) if diverged else None
         share = "no runs" if rate is None else f"{rate.diverged} of {rate.runs} ({rate.low:.0%} to {rate.high:.0%})"
         rows.append((arm, ", ".join(f"{rate:g}" for rate in sorted(rates)), share, *cells))
@@ -294,9 +298,11 @@ def _sweep(part: Measured, setting: str) -> Table:
             wanted = ("tuning", setting, arm, rate, TUNING.name)
             found = [r for r in part.rows if (r.phase, r.setting, r.arm, r.learning_rate, r.measurement) == wanted]
             diverged = sum(row.diverged for row in found)
-            cell = mean_std([row.value for row in found if not row.diverged]) if found else "not run"
-            cell += f" ({diverged} of {len(found)} diverged)" if diverged else ""
-            cells.append(cell + (" (chosen)" if chosen.get((setting, arm)) == rate else ""))
+            values = [row.value for row in found if not row.diverged]
+            said = [mean_std(values)] if values else []
+            said += [f"{diverged} of {len(found)} diverged"] if diverged else []
+            said += ["chosen"] if chosen.get((setting, arm)) == rate else []
+            cells.append(", ".join(said) or "not run")
         rows.append((arm, *cells))
     title = f"Sweep in {setting}: {TUNING.name} by learning rate"
     return Table(title, ("arm", *(f"{rate:g}" for rate in sweep)), rows)
@@ -330,7 +336,7 @@ def _curves(part: Measured, setting: str, figure: Curves) -> list[tuple[str, Plo
     if all((row.setting, row.metric) != (setting, figure.metric) for row in part.curves):
         return []
     return [
-        (f"{figure.metric} over {along} in {setting}", CurvePlot(part, setting, figure.metric, axis))
+        (f"{figure.metric} over {along} in {setting}; {BAND}", CurvePlot(part, setting, figure.metric, axis))
         for axis, along in (("step", "optimizer steps"), ("seconds", "seconds of training"))
     ]
 
@@ -344,7 +350,7 @@ def _lines(part: Measured, setting: str, figure: ByX) -> list[tuple[str, Plot]]:
     )
     return [
         (
-            f"{figure.title}: {quantity}{f', {figure.by} {by}' if by else ''}, in {setting}",
+            f"{figure.title}: {quantity}{f', {figure.by} {by}' if by else ''}, in {setting}; {BAND}",
             LinePlot(part, setting, figure, by, quantity),
         )
         for by, quantity in panels

@@ -92,7 +92,9 @@ def why_exact(exact: Exact) -> str:
     broken = [check for check in exact.checks if not check.holds]
     line = f"{len(exact.checks) - len(broken)} of {len(exact.checks) + len(exact.missing)} checks hold"
     if broken:
-        line += f"; broken: {broken[0].name}, {plain(broken[0].value)} where {broken[0].bound} was wanted"
+        line += f"; broken: {broken[0].statement}: {plain(broken[0].value)}, not {broken[0].bound}"
+    elif exact.checks:
+        line += f", such as: {exact.checks[0].statement}: {plain(exact.checks[0].value)} ({exact.checks[0].bound})"
     return line + (f"; not computed: {', '.join(exact.missing)}" if exact.missing else "")
 
 
