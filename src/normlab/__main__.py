@@ -160,7 +160,9 @@ def _report(arguments: list[str]) -> int:
     parser.add_argument("--results", type=str, default="results", help="folder of the tables")
     parser.add_argument("--output", type=str, default="", help="folder of the report; empty takes that of the tables")
     parser.add_argument("--readme", type=str, default="README.md", help="whose table is filled; none leaves it")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if they differ from the tables")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if they differ from the tables"
+    )
     options = _parse(parser, arguments)
     from normlab.claims import available_claims, load_claim
     from normlab.report.command import report

@@ -30,9 +30,7 @@ TRANSFORMER: dict[Scale, RunConfig] = {
         CHAR_LSTM["small"], model=TransformerConfig(), data=DataConfig(corpus="ptb_char", length=50)
     )
 }
-BY_STEP = ByX(
-    "Inputs of the norms over time steps", "step_statistics", "step", ("mean", "std"), by="site"
-)
+BY_STEP = ByX("Inputs of the norms over time steps", "step_statistics", "step", ("mean", "std"), by="site")
 BY_LAG = ByX("Gradient of the last loss by lag", "gradient_flow", "lag", ("gradient_norm",), kind="lag", log=True)
 FLOW = Measurement("gradient_ratio", "1", False, probe("gradient_flow", "gradient_ratio"))
 
@@ -81,7 +79,9 @@ DIVERGED = invented("x6_diverged", "No norm is as good as LN.", {"none": norm_ar
 UNRUN = invented("x7_unrun", "Nobody ran this.")
 UNFINISHED = invented("x8_unfinished", "Somebody stopped running this.")
 EXACT = Claim("x9_exact", "This is true by mathematics.", "arXiv 1502.03167", "exact", ("bn_mean_and_variance",))
-BROKEN = Claim("y1_broken", "This is false by mathematics.", "arXiv 1502.03167", "exact", ("broken_one", "bn_mean_and_variance"))
+BROKEN = Claim(
+    "y1_broken", "This is false by mathematics.", "arXiv 1502.03167", "exact", ("broken_one", "bn_mean_and_variance")
+)
 DRAWN = invented(
     "y2_drawn",
     "Statistics differ between time steps.",
@@ -115,7 +115,9 @@ def make_rows(claim: Claim, scale: Scale, value: Value, seeds: Sequence[int] | N
     for run in claim.tuning_runs(scale):
         sweep = claim.settings[run.setting].learning_rates
         far = abs(sweep.index(run.config.optim.lr) - 1)
-        rows.append(row(run, TUNING.name, None if far > 1 and run.arm == "none" else 1.5 + 0.2 * far + run.config.seed / 1e4))
+        rows.append(
+            row(run, TUNING.name, None if far > 1 and run.arm == "none" else 1.5 + 0.2 * far + run.config.seed / 1e4)
+        )
     for run in claim.verdict_runs(scale, claim.choose_rates(rows)):
         if seeds is None or run.config.seed in seeds:
             for measurement in claim.measurements:
@@ -140,8 +142,15 @@ def _effect(of_arm: dict[str, float], spread: float = 0.004) -> Value:
 def _curves(claim: Claim, rows: Sequence[Row]) -> list[CurveRow]:
     steps = range(50, 301, 50)
     return [
-        CurveRow(row.setting, row.arm, row.seed, step, step * (0.1 + 0.05 * (row.arm != "ln")), "valid_loss_nats",
-                 round(row.value + 3 / math.sqrt(step) + 0.02 * _noise(row.run_id, step), 5))
+        CurveRow(
+            row.setting,
+            row.arm,
+            row.seed,
+            step,
+            step * (0.1 + 0.05 * (row.arm != "ln")),
+            "valid_loss_nats",
+            round(row.value + 3 / math.sqrt(step) + 0.02 * _noise(row.run_id, step), 5),
+        )
         for row in rows
         if row.phase == "verdict" and row.measurement == "test_loss_nats" and not row.diverged
         for step in steps
@@ -155,9 +164,27 @@ def _probes(claim: Claim) -> list[ProbeRow]:
             for step in range(50):
                 for quantity, height in (("mean", 0.3), ("std", 1.0)):
                     mean = height * (1 - math.exp(-(step + 1) / 5)) + 0.05 * _noise(arm, site)
-                    rows.append(ProbeRow("char_lstm", arm, "step_statistics", "", site, "step", step, quantity, round(mean, 5), 0.03, 8))
+                    rows.append(
+                        ProbeRow(
+                            "char_lstm",
+                            arm,
+                            "step_statistics",
+                            "",
+                            site,
+                            "step",
+                            step,
+                            quantity,
+                            round(mean, 5),
+                            0.03,
+                            8,
+                        )
+                    )
         for lag in range(50):
-            rows.append(ProbeRow("char_lstm", arm, "gradient_flow", "lag", "", "lag", lag, "gradient_norm", 10 ** (-lag / 20), 0.0, 8))
+            rows.append(
+                ProbeRow(
+                    "char_lstm", arm, "gradient_flow", "lag", "", "lag", lag, "gradient_norm", 10 ** (-lag / 20), 0.0, 8
+                )
+            )
     return rows
 
 

@@ -1,7 +1,7 @@
 """The small tables behind an argument's figures, beside its table of numbers, so that no record is needed to draw.
 
-    results/<scale>/<claim>.curves.csv    metrics by step and seconds of each verdict run
-    results/<scale>/<claim>.probes.csv    rows of probes, averaged over layers within a run, then over runs
+results/<scale>/<claim>.curves.csv    metrics by step and seconds of each verdict run
+results/<scale>/<claim>.probes.csv    rows of probes, averaged over layers within a run, then over runs
 """
 
 from __future__ import annotations

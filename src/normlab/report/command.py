@@ -115,5 +115,6 @@ def _first_difference(found: str, wanted: str) -> str:
     pairs = [*zip(there, here, strict=False)]
     number = next((n for n, (a, b) in enumerate(pairs) if a != b), len(pairs))
     a, b = (lines[number] if number < len(lines) else "" for lines in (there, here))
-    start = max(0, len(os.path.commonprefix([a, b])) - 20)
+    same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    start = max(0, same - 20)
     return f"line {number + 1} says {a[start : start + 60]!r}, they say {b[start : start + 60]!r}"

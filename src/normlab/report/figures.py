@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 
 import matplotlib
@@ -217,8 +217,12 @@ def _effect(axes: Axes, height: int, found: Found, colour: str) -> None:
     axes.plot([low, high], [height, height], color=colour, linewidth=2.2, solid_capstyle="butt")
     axes.plot([mean], [height], "o", color=colour, markersize=6)
     at = axes.get_yaxis_transform()
-    said = f"{found.setting}: {verdict.kind}" + (", by diverged runs" if divergence_decides(*verdict.divergence) else "")
-    axes.text(0, height + 0.58, _shortened(pair(found.comparison)), transform=at, va="center", fontsize=8.5, fontweight="bold")
+    said = f"{found.setting}: {verdict.kind}" + (
+        ", by diverged runs" if divergence_decides(*verdict.divergence) else ""
+    )
+    axes.text(
+        0, height + 0.58, _shortened(pair(found.comparison)), transform=at, va="center", fontsize=8.5, fontweight="bold"
+    )
     axes.text(0, height + 0.33, _shortened(said), transform=at, va="center", fontsize=8.5)
 
 

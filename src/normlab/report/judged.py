@@ -1,7 +1,7 @@
 """From the tables in `results/` to judged arguments; nothing but those files decides.
 
-    <scale>/<claim>.csv -> verdict of each comparison -> verdict of the claim -> Holm over the claims of the scale
-    exact.json -> verdict of the exact part
+<scale>/<claim>.csv -> verdict of each comparison -> verdict of the claim -> Holm over the claims of the scale
+exact.json -> verdict of the exact part
 """
 
 from __future__ import annotations

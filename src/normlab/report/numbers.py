@@ -49,7 +49,9 @@ def interval(verdict: Verdict, lower_is_better: bool) -> str:
     """Such as "-0.031 [-0.040, -0.022] nats"; no line breaks in it."""
     mean, low, high = as_measured(verdict, lower_is_better)
     places = effect_places(verdict)
-    return f"{signed(mean, places)} [{signed(low, places)}, {signed(high, places)}] {verdict.unit}".replace(" ", NO_BREAK)
+    return f"{signed(mean, places)} [{signed(low, places)}, {signed(high, places)}] {verdict.unit}".replace(
+        " ", NO_BREAK
+    )
 
 
 def effect_places(verdict: Verdict) -> int:

@@ -196,7 +196,9 @@ def _exact_part(exact: Exact) -> Part:
     ]
     rows += [(name, "", "", "", "not yet run") for name in exact.missing]
     table = Table("What was computed", ("check", "statement", "value", "bound", "result"), rows)
-    suffix = "a check that does not keep its bound" if exact.verdict == "supported" else "all checks within their bounds"
+    suffix = (
+        "a check that does not keep its bound" if exact.verdict == "supported" else "all checks within their bounds"
+    )
     return Part("Exact", exact.verdict, why_exact(exact), [table], changes=[suffix])
 
 
@@ -283,7 +285,9 @@ def _arms(part: Measured, setting: str) -> Table:
         f"{measurement.name} ({measurement.unit}; {'decides' if measurement.name in deciding else 'beside'})"
         for measurement in ordered
     ]
-    note = "Mean ± standard deviation over the seeds whose run did not diverge. Diverged: of all, with Wilson's interval."
+    note = (
+        "Mean ± standard deviation over the seeds whose run did not diverge. Diverged: of all, with Wilson's interval."
+    )
     return Table(f"Arms in {setting}", ("arm", "learning rate", "diverged", *header), rows, note)
 
 
