@@ -91,6 +91,7 @@ DRAWN = invented(
 )
 INVENTED = (REFUTED, MIXED, INCONCLUSIVE, LOST, NASTY_NAMES, DIVERGED, UNRUN, UNFINISHED, EXACT, BROKEN, DRAWN)
 CLAIMS = (load_claim("d2_shared_statistics_fail"), load_claim("d4_ln_solves_it"), *INVENTED)
+FEW = (CLAIMS[1], REFUTED, BROKEN, DRAWN)
 
 CHECKS = [
     ExactCheck("bn_mean_and_variance", "mean and variance of BN's output, off 0 and 1", 2.2e-16, "<= 1e-09", True),

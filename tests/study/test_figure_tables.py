@@ -148,7 +148,12 @@ def test_the_rule_is_that_of_the_beginning_of_the_verdict_runs(bench: Bench, mon
     fix("changed when the verdict was known")
     bench.run()
     assert written() == "begun"
-    assert read_rows(bench.study().table(bench.study().claims[0]))
+    table = bench.study().table(bench.study().claims[0])
+    assert read_rows(table)
+    # What was not written down in time is not made up later.
+    rule_path(table).unlink()
+    bench.run()
+    assert read_rule(rule_path(table)) is None
 
 
 def test_a_rule_is_the_bytes_of_the_claims_file():

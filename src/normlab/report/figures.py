@@ -79,7 +79,7 @@ def norm_colours() -> dict[str, str]:
 def draw(picture: Picture) -> str:
     """The figure as an SVG element to stand in a page; the same numbers give the same text."""
     plot = picture.plot
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE, "svg.hashsalt": picture.name}):
+    with matplotlib.rc_context(dict(matplotlib.rcParamsDefault, **STYLE) | {"svg.hashsalt": picture.name}):
         if isinstance(plot, EffectPlot):
             figure = _effects(plot)
         elif isinstance(plot, CurvePlot):
@@ -104,7 +104,7 @@ def _inline(svg: str, caption: str) -> str:
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     # Names of groups would stand twice in a page with two figures; what is referred to has names of its own.
-    svg = re.sub(r'<g id="[a-zA-Z0-9]+_\d+"', "<g", svg)
+    svg = re.sub(r'<g id="[\w.]+_\d+"', "<g", svg)
     svg = re.sub(r"font: ([^;'\"]*?px) [^;\"]*", r"font: \1 sans-serif", svg)
     svg = svg.replace(INK, "currentColor")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)

@@ -128,13 +128,12 @@ class Study:
         return [*self._rows(claim, tuning, (TUNING,)), *self._rows(claim, verdict, claim.measurements)]
 
     def fix_rules(self) -> None:
-        """Write down the rule of each argument that has no verdict run yet: later changes of it are seen."""
+        """Write down the rule of each argument that has no verdict run yet, so that later changes of it are seen."""
         for claim in self.claims:
-            path, state = rule_path(self.table(claim)), self.state(claim)
+            state = self.state(claim)
             missing = {run.key for run in state.missing}
-            begun = any(run.phase == "verdict" and run.key not in missing for run in state.runs)
-            if not (begun and path.exists()):
-                write_rule(path, rule_now(claim.id))
+            if all(run.key in missing for run in state.runs if run.phase == "verdict"):
+                write_rule(rule_path(self.table(claim)), rule_now(claim.id))
 
     def write(self, state: ClaimState) -> None:
         """Write the argument's table, if there is a row, and what its figures need, if all records are here."""
