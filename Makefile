@@ -13,7 +13,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study exact test check format watch norms bench lock clean
+.PHONY: help setup train study report exact test check format watch norms bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -52,6 +52,9 @@ study: $(READY) ## run what an argument still misses: CLAIM SCALE; without CLAIM
 
 exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
 	@$(PY) -m normlab exact $(ARGS)
+
+report: $(READY) ## judge all arguments: results/report.html, report.md and the table of the README
+	@$(PY) -m normlab report $(ARGS)
 
 test: $(READY) ## run the test suite
 	@$(PY) -m pytest -n 2 --dist worksteal $(ARGS)

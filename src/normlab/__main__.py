@@ -49,6 +49,7 @@ commands:
   study   run what an argument misses      python -m normlab study [CLAIM]
   exact   compute the exact arguments      python -m normlab exact
   probe   measure on a finished run        python -m normlab probe NAME RUN
+  report  verdicts on all arguments        python -m normlab report
 
 python -m normlab COMMAND --help says more; `make` lists what make can do."""
 
@@ -56,7 +57,7 @@ python -m normlab COMMAND --help says more; `make` lists what make can do."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "show": _show, "probe": _probe, "study": _study, "exact": _exact}
+    commands = {"train": _train, "show": _show, "probe": _probe, "study": _study, "report": _report, "exact": _exact}
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -169,6 +170,29 @@ def _exact(arguments: list[str]) -> int:
     write_checks(path, found)
     print(f"{sum(check.holds for check in found)} of {len(found)} hold; {path}")
     return 0 if all(check.holds for check in found) else 1
+
+
+def _report(arguments: list[str]) -> int:
+    parser = ArgumentParser(
+        prog="python -m normlab report",
+        description="Judge all arguments from their tables, and write report.html, report.md and the README's table.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--results", type=str, default="results", help="folder of the tables")
+    parser.add_argument("--output", type=str, default="", help="folder of the report; empty takes that of the tables")
+    parser.add_argument("--readme", type=str, default="README.md", help="whose table is filled; none leaves it")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if they differ from the tables"
+    )
+    options = _parse(parser, arguments)
+    from normlab.claims import available_claims, load_claim
+    from normlab.report.command import report
+
+    claims = [load_claim(name) for name in available_claims()]
+    readme = None if options.readme == "none" else Path(options.readme)
+    results, output = Path(options.results), Path(options.output or options.results)
+    return report(claims, results, output, readme, check=options.check)
 
 
 def _exit_code(state: str, reason: str) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from normlab.records import environment
-from normlab.records.environment import collect_environment
+from normlab.records.environment import collect_environment, last_commit
 
 
 def test_it_names_versions_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,6 +64,24 @@ def test_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert collect_environment()["git"] == {"commit": clean["commit"], "dirty": True}
     monkeypatch.setenv("PATH", "")
     assert collect_environment()["git"] == unknown
+
+
+def test_the_last_commit_that_changed_a_file(tmp_path: Path) -> None:
+    rule, other = tmp_path / "rule.py", tmp_path / "other.py"
+    rule.write_text("a")
+    assert last_commit(rule) == ""
+    git(tmp_path, "init", "-q")
+    assert last_commit(rule) == ""
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "the rule")
+    first = last_commit(rule)
+    assert len(first) == 40
+    other.write_text("b")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "something else")
+    assert last_commit(rule) == first != last_commit(other)
+    rule.write_text("c")
+    assert last_commit(rule) == f"{first}+"
 
 
 def test_records_import_neither_torch_nor_wandb() -> None:

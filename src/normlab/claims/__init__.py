@@ -13,7 +13,7 @@ from normlab.config import InputError, require_choice
 
 __all__ = ["available_claims", "load_claim", "select_claims"]
 
-_INFRASTRUCTURE = {"__init__", "base", "families", "measurements", "rows"}
+_INFRASTRUCTURE = {"__init__", "base", "families", "figure_tables", "figures", "measurements", "rows", "rules"}
 
 
 def available_claims() -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from normlab.claims.figures import FIGURES_OF_PROBES, Curves, Figure
 from normlab.claims.measurements import AcrossSeeds, Measurement, Probed, parts, result
 from normlab.claims.rows import Phase, Row
 from normlab.config import (
@@ -192,6 +193,16 @@ class Claim:
     @property
     def across_seeds(self) -> list[AcrossSeeds]:
         return [read for m in self.measurements for read in parts(m.read) if isinstance(read, AcrossSeeds)]
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        """What is drawn of the verdict runs, beside the effects."""
+        probes = dict.fromkeys(read.probe for read in self.probes)
+        return (Curves(), *(figure for probe in probes for figure in FIGURES_OF_PROBES.get(probe, ())))
+
+    def pairs(self) -> list[tuple[Comparison, str]]:
+        """Each comparison with each of its settings, in the order of the verdicts of `judge`."""
+        return [(comparison, setting) for comparison in self.comparisons for setting in self._settings_of(comparison)]
 
     def scales(self) -> list[Scale]:
         """Scales at which all settings have a base run."""

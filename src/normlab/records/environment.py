@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["collect_environment", "program"]
+__all__ = ["collect_environment", "last_commit", "program"]
 
 PACKAGES = ("normlab", "torch", "pytorch-lightning", "numpy", "wandb", "datasets", "tokenizers", "transformers")
 
@@ -94,6 +94,13 @@ def _git(folder: Path) -> dict[str, Any]:
     if not commits or commits[0] == "(initial)":
         return unknown
     return {"commit": commits[0], "dirty": any(not line.startswith("#") for line in lines)}
+
+
+def last_commit(path: Path) -> str:
+    """The last commit that changed the file; "+" after it if the file differs from it, empty if git knows none."""
+    commit = _ask_git(path.parent, "log", "-1", "--format=%H", "--", path.name).strip()
+    changed = _ask_git(path.parent, "status", "--porcelain", "--", path.name).strip()
+    return commit + ("+" if commit and changed else "")
 
 
 def _ask_git(folder: Path, *arguments: str) -> str:

@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from normlab.claims.base import TUNING, Claim, PlannedRun, Rates, Scale
+from normlab.claims.figure_tables import curve_rows, curves_path, probe_rows, probes_path, write_table
 from normlab.claims.measurements import Measurement
 from normlab.claims.rows import Phase, Row, read_rows, write_rows
+from normlab.claims.rules import rule_now, rule_path, write_rule
 from normlab.config import InputError, OutputConfig, config_hash, run_id
 from normlab.data.corpora import require_corpus
 from normlab.execution.durations import Durations
@@ -136,11 +138,31 @@ class Study:
         claim = state.claim
         return [*self._rows(claim, tuning, (TUNING,)), *self._rows(claim, verdict, claim.measurements)]
 
+    def fix_rules(self) -> None:
+        """Write down the rule of each argument that has no verdict run yet, so that later changes of it are seen."""
+        for claim in self.claims:
+            state = self.state(claim)
+            missing = {run.key for run in state.missing}
+            if all(run.key in missing for run in state.runs if run.phase == "verdict"):
+                write_rule(rule_path(self.table(claim)), rule_now(claim.id))
+
     def write(self, state: ClaimState) -> None:
-        """Write the argument's table, if there is a row."""
+        """Write the argument's table, if there is a row, and what its figures need, if all records are here."""
         rows = self.rows(state)
-        if rows:
-            write_rows(self.table(state.claim), rows)
+        if not rows:
+            return
+        table = self.table(state.claim)
+        write_rows(table, rows)
+        found = {
+            (run.setting, run.arm, run.config.seed): self._record(state.claim, run)
+            for run in state.runs
+            if run.phase == "verdict" and not run.seeds and (run.setting, run.arm) in state.rates
+        }
+        records = {where: record for where, record in found.items() if record is not None}
+        # Rows of a table whose records are elsewhere have their figures from there.
+        if {(row.setting, row.arm, row.seed) for row in rows if row.phase == "verdict"} <= set(records):
+            write_table(curves_path(table), curve_rows(state.claim.figures, records))
+            write_table(probes_path(table), probe_rows(state.claim.figures, records))
 
     def seconds(self, runs: Sequence[PlannedRun]) -> float | None:
         """Estimated seconds of one worker for all `runs`, each once; None if nothing like them was ever run."""

@@ -36,6 +36,7 @@ def run_study(study: Study, workers: int, console: Console) -> int:
         The number of arguments that are not complete: some of their runs failed.
     """
     study.require_corpora()
+    study.fix_rules()
     runner = _Runner(study, console)
     try:
         with LocalWorkers(workers, Path(study.output.runs_dir) / ".study") as pool, Display(study, console) as display:
