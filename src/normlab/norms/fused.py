@@ -9,6 +9,7 @@ Shape suffixes: B batch, T time, F features.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,15 +116,15 @@ class RunningSums:
             terms = self.terms
             return terms.copy_(terms.flip(2).cumsum(2).flip(2) if reverse else terms.cumsum(2))
         inside = self._blocks
-        order = range(self.BLOCK - 2, -1, -1) if reverse else range(1, self.BLOCK)
-        for place in order:
-            inside[:, :, place] += inside[:, :, place + 1 if reverse else place - 1]
-        totals = inside[:, :, 0 if reverse else -1]
+        places = inside.unbind(2)[:: -1 if reverse else 1]
+        for place, next_place in pairwise(places):
+            next_place.add_(place)  # `+=` on an indexed tensor would copy it onto itself
+        totals = places[-1]
         # Of the other blocks alone: what a block holds, taken in and out again, would leave its rounding, or a NaN.
         if reverse:
-            inside[:, :-1] += totals[:, 1:].flip(1).cumsum(1).flip(1).unsqueeze(2)
+            inside[:, :-1].add_(totals[:, 1:].flip(1).cumsum(1).flip(1).unsqueeze(2))
         else:
-            inside[:, 1:] += totals[:, :-1].cumsum(1).unsqueeze(2)
+            inside[:, 1:].add_(totals[:, :-1].cumsum(1).unsqueeze(2))
         return self.terms
 
 
