@@ -39,9 +39,9 @@ def masked_prefix(x: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
     return prefix_moments(zero_padding(x, MASK), MASK, over_batch, None)[0][:2]
 
 
-def prefix_with_carry(x: Tensor, masked: bool, *affine: Tensor | None) -> tuple[Tensor, ...]:
+def prefix_with_carry(x: Tensor, masked: bool, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
     mask = MASK if masked else None
-    y, carry = by_prefix(zero_padding(x, mask), mask, None, *affine, 1e-5)
+    y, carry = by_prefix(zero_padding(x, mask), mask, None, weight, bias, 1e-5)
     return y, carry.mean, carry.square
 
 
