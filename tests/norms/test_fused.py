@@ -14,6 +14,7 @@ from torch import Tensor
 
 from normlab.norms import fused
 from normlab.norms.moments import moments, prefix_moments, zero_padding
+from normlab.norms.standardized import by_last_dimension, by_prefix
 
 B, T, F = 2, 5, 3
 MASK = torch.tensor([[True] * 5, [True, False, True, False, False]])
@@ -38,6 +39,12 @@ def masked_prefix(x: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
     return prefix_moments(zero_padding(x, MASK), MASK, over_batch, None)[0][:2]
 
 
+def prefix_with_carry(x: Tensor, masked: bool, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, ...]:
+    mask = MASK if masked else None
+    y, carry = by_prefix(zero_padding(x, mask), mask, None, weight, bias, 1e-5)
+    return y, carry.mean, carry.square
+
+
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 STATISTICS: dict[str, tuple[int, ...]] = {"feature": (1, 1, F), "token": (B, T, 1), "entry": (B, T, F)}
 CASES: dict[str, Case] = {
@@ -56,6 +63,21 @@ CASES: dict[str, Case] = {
         for center in (True, False)
     },
     **{f"prefix, over batch {over}": (masked_prefix, (drawn(B, T, F), over)) for over in (True, False)},
+    **{
+        f"by last dimension{', bare' * bare}": (
+            by_last_dimension,
+            (drawn(B, 2, 2, F), *((None, None) if bare else (drawn(2, F, seed=1), drawn(2, F, seed=2))), 1e-5),
+        )
+        for bare in (False, True)
+    },
+    **{
+        f"by prefix{', masked' * masked}{', bare' * bare}": (
+            prefix_with_carry,
+            (drawn(B, T, F), masked, *((None, None) if bare else (drawn(F, seed=1), drawn(F, seed=2)))),
+        )
+        for masked in (False, True)
+        for bare in (False, True)
+    },
     "running sum": (fused.running_sum, (drawn(B, 18, 2),)),
     "sum to come": (lambda x: fused.running_sum(x, reverse=True), (drawn(B, 18, 2),)),
     **{
@@ -110,6 +132,23 @@ def test_sums_of_squares_beyond_fp32():
     assert statistics.var.isfinite().all()
     (grad,) = torch.autograd.grad((statistics.var + 1e-5).rsqrt().sum(), x)
     assert not grad.isnan().any()
+
+
+def test_by_prefix_where_sums_of_squares_overflow(monkeypatch: pytest.MonkeyPatch):
+    """Every second entry of the last three features is 1e30; the first feature is ordinary, to see that it stays so."""
+    x = drawn(1, 20, 4).float()
+    x[:, 1::2, 1:] = 1e30
+    weight = torch.rand(1, 20, 4)
+
+    def gradient() -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        y, _ = by_prefix(leaf, None, None, None, None, 1e-5)
+        return y.detach(), torch.autograd.grad((y * weight).sum(), leaf)[0]
+
+    found = gradient()
+    assert all(value.isfinite().all() for value in found)
+    monkeypatch.setattr(fused, "applies", lambda: False)
+    torch.testing.assert_close(found, gradient(), rtol=1e-4, atol=1e-5)
 
 
 def test_running_sums_know_nothing_of_what_they_do_not_sum():

@@ -9,13 +9,14 @@ Shape suffixes: B batch, T time, F features.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["applies", "local_response", "rescale", "running_sum"]
+__all__ = ["RunningSums", "applies", "local_response", "rescale", "running_sum"]
 
 
 def applies() -> bool:
@@ -75,36 +76,56 @@ def running_sum(x_BTF: Tensor, *, reverse: bool = False) -> Tensor:
 
 
 class _RunningSum(torch.autograd.Function):
-    """In blocks of time steps, all blocks at once: on a CPU torch.cumsum over a middle dimension takes four times as
-    long. The sums are also shorter, hence more accurate.
-    """
-
-    BLOCK = 16
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, reverse: bool) -> Tensor:
         ctx.reverse = reverse
-        steps, block = x.shape[1], _RunningSum.BLOCK
-        if x.is_cuda or steps <= block:
-            return x.flip(1).cumsum(1).flip(1) if reverse else x.cumsum(1)
-        blocks = -(-steps // block)
-        y = x.new_zeros(len(x), blocks * block, x.shape[2]) if steps % block else torch.empty_like(x)
-        y[:, :steps] = x
-        inside = y.view(len(x), blocks, block, x.shape[2])
-        order = range(block - 2, -1, -1) if reverse else range(1, block)
-        for place in order:
-            inside[:, :, place] += inside[:, :, place + 1 if reverse else place - 1]
-        totals = inside[:, :, 0 if reverse else -1]
-        # Of the other blocks alone: what a block holds, taken in and out again, would leave its rounding, or a NaN.
-        if reverse:
-            inside[:, :-1] += totals[:, 1:].flip(1).cumsum(1).flip(1).unsqueeze(2)
-        else:
-            inside[:, 1:] += totals[:, :-1].cumsum(1).unsqueeze(2)
-        return y[:, :steps]
+        sums = RunningSums(x, 1)
+        sums.terms[0].copy_(x)
+        return sums.add_up(reverse=reverse)[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return running_sum(grads[0], reverse=not ctx.reverse), None
+
+
+class RunningSums:
+    """Room for tensors like `x_BTF`, to be filled by the caller and then summed over time in place, all together.
+
+    In blocks of time steps, all blocks at once: on a CPU torch.cumsum over a middle dimension takes four times as
+    long. The sums are also shorter, hence more accurate. Without gradient.
+
+    Attributes:
+        terms: the room, one tensor after the other in its first dimension.
+    """
+
+    BLOCK = 16
+
+    def __init__(self, x_BTF: Tensor, tensors: int) -> None:
+        rows, steps, features = x_BTF.shape
+        self._in_blocks = not x_BTF.is_cuda and steps > self.BLOCK
+        blocks = -(-steps // self.BLOCK) if self._in_blocks else 1
+        whole = x_BTF.new_empty(tensors, rows, blocks, self.BLOCK if self._in_blocks else steps, features)
+        self._blocks = whole.flatten(0, 1)
+        padded = whole.flatten(2, 3)
+        padded[:, :, steps:] = 0
+        self.terms = padded[:, :, :steps]
+
+    def add_up(self, *, reverse: bool = False) -> Tensor:
+        """The sums, in the place of `terms`."""
+        if not self._in_blocks:
+            terms = self.terms
+            return terms.copy_(terms.flip(2).cumsum(2).flip(2) if reverse else terms.cumsum(2))
+        inside = self._blocks
+        places = inside.unbind(2)[:: -1 if reverse else 1]
+        for place, next_place in pairwise(places):
+            next_place.add_(place)  # `+=` on an indexed tensor would copy it onto itself
+        totals = places[-1]
+        # Of the other blocks alone: what a block holds, taken in and out again, would leave its rounding, or a NaN.
+        if reverse:
+            inside[:, :-1].add_(totals[:, 1:].flip(1).cumsum(1).flip(1).unsqueeze(2))
+        else:
+            inside[:, 1:].add_(totals[:, :-1].cumsum(1).unsqueeze(2))
+        return self.terms
 
 
 def local_response(x: Tensor, window: int, alpha: float, beta: float, k: float) -> Tensor:

@@ -11,6 +11,7 @@ from normlab.config import InputError, require_choice
 from normlab.norms.base import Norm, Shares, Step
 from normlab.norms.fused import rescale
 from normlab.norms.moments import Prefix, for_statistics, moments, prefix_moments, zero_padding
+from normlab.norms.standardized import by_last_dimension
 
 
 @final
@@ -65,10 +66,13 @@ class GroupNorm(Norm):
     ) -> tuple[Tensor, None, Prefix | None]:
         x = zero_padding(x_BTF, mask_BT)
         grouped = for_statistics(x).unflatten(-1, (self.groups, -1))
-        token = moments(grouped, None, (-1,))
+        weight, bias = (
+            None if value is None else value.unflatten(-1, (self.groups, -1)) for value in (self.weight, self.bias)
+        )
         if self.pool == "token":
-            mean, var = token.mean, token.var
+            y = by_last_dimension(grouped, weight, bias, self.eps)
         else:
+            token = moments(grouped, None, (-1,))
             # Tokens are equally large parts of their group, so the variance of all is that of the tokens' means plus
             # the mean of their variances: means and variances are pooled over time as if they were 2 x groups features.
             # Bounded far beyond any real variance, so that sums over time stay finite.
@@ -80,10 +84,7 @@ class GroupNorm(Norm):
                 over_time, carry = prefix_moments(both, mask_BT, False, carry)
             mean, inner = over_time.mean.chunk(2, -1)
             mean, var = mean.unsqueeze(-1), (inner + over_time.var[..., : self.groups]).unsqueeze(-1)
-        weight, bias = (
-            None if value is None else value.unflatten(-1, (self.groups, -1)) for value in (self.weight, self.bias)
-        )
-        y = rescale(grouped, mean, torch.rsqrt(var + self.eps), weight, bias)
+            y = rescale(grouped, mean, torch.rsqrt(var + self.eps), weight, bias)
         return y.flatten(-2).to(x.dtype), None, carry
 
     def extra_repr(self) -> str:

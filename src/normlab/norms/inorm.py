@@ -8,7 +8,8 @@ from torch import Tensor
 
 from normlab.config import require_choice
 from normlab.norms.base import Norm, Shares, Step
-from normlab.norms.moments import Prefix, moments, prefix_moments, zero_padding
+from normlab.norms.moments import Prefix, for_statistics, moments, zero_padding
+from normlab.norms.standardized import by_prefix
 
 
 @final
@@ -53,8 +54,8 @@ class InstanceNorm(Norm):
         if self.pool == "time":
             mean, var, _ = moments(x, mask_BT, (1,))
             return self.standardize(x, mean, var), None, None
-        (mean, var, _), carry = prefix_moments(x, mask_BT, False, carry)
-        return self.standardize(x, mean, var), None, carry
+        y, carry = by_prefix(for_statistics(x), mask_BT, carry, self.weight, self.bias, self.eps)
+        return y.to(x.dtype), None, carry
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool={self.pool}"

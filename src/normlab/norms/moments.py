@@ -188,13 +188,18 @@ def _next_moments(x_B1F: Tensor, keep_B11: Tensor, carry: Prefix) -> Moments:
     return Moments(mean, (carry.square + deviation * (x_B1F - mean)) / divisor, count)
 
 
+def first_entry(x: Tensor, keep_BT1: Tensor) -> Tensor:
+    """The first valid entry of each row, B x 1 x F."""
+    first_B = keep_BT1.squeeze(-1).argmax(1)
+    return x[torch.arange(len(x), device=x.device), first_B].unsqueeze(1)
+
+
 def _cumulative_moments(x: Tensor, keep_BT1: Tensor, carry: Prefix | None) -> Moments:
     """Sums run over deviations from a pivot (the mean so far, else the row's first entry), so that a mean far
     from zero does not cancel the variance. The result does not depend on the pivot, hence neither does the gradient.
     """
     count = keep_BT1.cumsum(1)
-    first_B = keep_BT1.squeeze(-1).argmax(1)
-    pivot = x[torch.arange(len(x), device=x.device), first_B].unsqueeze(1)
+    pivot = first_entry(x, keep_BT1)
     if carry is not None:
         pivot = torch.where(carry.count > 0, carry.mean, pivot)
     pivot = pivot.detach()
@@ -266,7 +271,7 @@ def prefix_moments(
     else:
         per_row = _cumulative_moments(x, keep_BT1, carry)
     mean, var, count = per_row
-    after = Prefix(count[:, -1:], mean[:, -1:], (var * count)[:, -1:])
+    after = Prefix(count[:, -1:], mean[:, -1:], var[:, -1:] * count[:, -1:])
     if not over_batch:
         return per_row, after
 
