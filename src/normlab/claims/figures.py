@@ -1,4 +1,4 @@
-"""What is drawn of an argument's verdict runs, beside its effects: learning curves, and rows of the probes it measures."""
+"""What is drawn of an argument's verdict runs beside its effects: learning curves, and rows of probes it measures."""
 
 from __future__ import annotations
 

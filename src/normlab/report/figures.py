@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from html import escape
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -49,7 +50,7 @@ INK = "#0a0b0c"
 WIDTH, HEIGHT = 3.9, 2.1  # inches; of the picture, and of the axes in it. A phone shows it near its own size.
 LEFT, RIGHT, ABOVE, BELOW = 0.66, 0.14, 0.12, 0.5
 LEGEND_ROW = 0.2
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.labelsize": 9,
