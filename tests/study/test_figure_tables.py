@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import Bench
+from study_bench import Bench
 from tiny_study import DISCREPANCY, tiny_claim
 
 from normlab.claims import rules

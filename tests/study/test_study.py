@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import Bench
+from study_bench import Bench
 from tiny_study import DISCREPANCY, STEPS_TO_LN, TEST_LOSS, tiny_claim
 
 from normlab.claims.rows import read_rows

@@ -7,7 +7,7 @@ import shutil
 from collections import Counter
 
 import pytest
-from conftest import Bench
+from study_bench import Bench
 from tiny_study import tiny_claim, variance
 
 from normlab.claims.base import Claim
