@@ -14,7 +14,7 @@ from pathlib import Path
 
 from normlab.claims import load_claim
 from normlab.claims.base import TUNING, Claim, Comparison, Scale, Setting
-from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arm
+from normlab.claims.families import CHAR_LSTM, norm_arm
 from normlab.claims.figure_tables import CurveRow, ProbeRow, curves_path, probes_path, write_table
 from normlab.claims.figures import FIGURES_OF_PROBES
 from normlab.claims.measurements import Measurement, probe, result
@@ -22,6 +22,9 @@ from normlab.claims.rows import Row, write_rows
 from normlab.claims.rules import Rule, present_sha256, rule_path, write_rule
 from normlab.config import DataConfig, RunConfig, TransformerConfig, config_hash
 from normlab.records.checks import ExactCheck, write_checks
+
+# Their own: what is said of them depends on these.
+LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS = (1e-3, 3e-3, 1e-2, 3e-2), (101, 102), tuple(range(1, 9))
 
 LOSS = Measurement("test_loss_nats", "nats", True, result("test_loss_nats"))
 SPREAD = Measurement("mean_distance_cell", "sigma", True, probe("step_statistics", "first_step_mean_distance.cell"))
