@@ -80,7 +80,8 @@ def norm_colours() -> dict[str, str]:
 def draw(picture: Picture) -> str:
     """The figure as an SVG element to stand in a page; the same numbers give the same text."""
     plot = picture.plot
-    with matplotlib.rc_context(dict(matplotlib.rcParamsDefault, **STYLE) | {"svg.hashsalt": picture.name}):
+    style: dict[Any, Any] = {**matplotlib.rcParamsDefault, **STYLE, "svg.hashsalt": picture.name}
+    with matplotlib.rc_context(style):
         if isinstance(plot, EffectPlot):
             figure = _effects(plot)
         elif isinstance(plot, CurvePlot):
