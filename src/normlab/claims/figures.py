@@ -65,10 +65,10 @@ FIGURES_OF_PROBES: Mapping[str, tuple[ByX, ...]] = {
     ),
     "discrepancy": (
         ByX(
-            "Train-inference discrepancy in batch standard deviations",
+            "Train-inference discrepancy of means in batch standard deviations",
             "discrepancy",
             "step",
-            ("discrepancy_mean", "discrepancy_std"),
+            ("discrepancy_mean",),
             by="site",
         ),
     ),
