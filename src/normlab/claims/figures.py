@@ -70,6 +70,7 @@ FIGURES_OF_PROBES: Mapping[str, tuple[ByX, ...]] = {
             "step",
             ("discrepancy_mean",),
             by="site",
+            log=True,
         ),
     ),
 }
