@@ -1,7 +1,7 @@
 """A2: gain and bias can give BN's input back, and let a network keep what plain normalization destroys."""
 
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.families import MLP_RATES, TUNING_SEEDS, VERDICT_SEEDS, char_mlp, norm_arm
+from normlab.claims.families import MLP_RATES, MLP_VERDICT_SEEDS, TUNING_SEEDS, char_mlp, norm_arm
 from normlab.claims.measurements import Measurement, result
 
 MARGIN = 0.01
@@ -30,5 +30,5 @@ CLAIM = Claim(
     measurements=(Measurement("test_loss_nats", "nats", True, result("test_loss_nats", "unigram_test_loss_nats")),),
     comparisons=(Comparison("bn_plain", "bn", "test_loss_nats", "worse", MARGIN, REASON),),
     tuning_seeds=TUNING_SEEDS,
-    verdict_seeds=VERDICT_SEEDS,
+    verdict_seeds=MLP_VERDICT_SEEDS,
 )

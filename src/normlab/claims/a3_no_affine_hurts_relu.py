@@ -2,7 +2,7 @@
 
 from normlab.claims.a2_affine_restores import ARMS, MARGIN, REASON
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.families import MLP_RATES, TUNING_SEEDS, VERDICT_SEEDS, char_mlp, norm_arm
+from normlab.claims.families import MLP_RATES, MLP_VERDICT_SEEDS, TUNING_SEEDS, char_mlp, norm_arm
 from normlab.claims.measurements import Measurement, probe, result
 
 CLAIM = Claim(
@@ -23,5 +23,5 @@ CLAIM = Claim(
     ),
     comparisons=(Comparison("bn_plain", "bn", "test_loss_nats", "worse", MARGIN, REASON),),
     tuning_seeds=TUNING_SEEDS,
-    verdict_seeds=VERDICT_SEEDS,
+    verdict_seeds=MLP_VERDICT_SEEDS,
 )
