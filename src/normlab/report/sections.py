@@ -178,7 +178,8 @@ def _how(argument: Argument) -> list[str]:
         lines.append(f"Exact: {len(claim.checks)} computations without training, each with a bound.")
     if claim.settings:
         tuning, verdict = (", ".join(map(str, seeds)) for seeds in (claim.tuning_seeds, claim.verdict_seeds))
-        swept = f"; rates are chosen on seeds {tuning} by {TUNING.name}, by one sweep for all arms" if tuning else ""
+        sweeps = any(len(setting.learning_rates) > 1 for setting in claim.settings.values())
+        swept = f"; rates are chosen on seeds {tuning} by {TUNING.name}, by one sweep for all arms" if sweeps else ""
         lines.append(f"Measured: runs paired by seed, seeds {verdict}{swept}.")
         of_margin: dict[tuple[float, str], dict[str, None]] = {}
         for each in claim.comparisons:
