@@ -29,7 +29,8 @@ def test_it_holds_and_the_committed_file_says_so(name: str) -> None:
 
 
 def test_claims_and_checks_name_each_other() -> None:
-    assert {check for name in available_claims() for check in load_claim(name).checks} == set(CHECKS)
+    claims = [load_claim(name) for name in available_claims()]
+    assert {check for claim in claims for check in (*claim.checks, *claim.limits)} == set(CHECKS)
     assert [check.name for check in read_checks(COMMITTED)] == list(CHECKS)
 
 

@@ -563,8 +563,9 @@ class TrainingConfig:
     Args:
         steps: optimizer steps.
         valid_every: optimizer steps between validations.
-        valid_batches: batches of such a validation, by which the best weights are chosen, spread over the split (the
-            first ones of a stateful stream); 0 takes all. The final evaluation takes all.
+        valid_batches: batches of such a validation, by which the best weights are chosen: every so many-th of the split
+            (the first ones of a stateful stream, and where it has less than twice as many); 0 takes all. The final
+            evaluation takes all.
         checkpoint_every: optimizer steps between checkpoints to resume from.
         accumulate: micro-batches per optimizer step (batch norms see one micro-batch, and `memory_batches` before it).
         precision: fp32, or bf16 (autocast; statistics stay fp32).

@@ -180,6 +180,12 @@ def test_what_is_read_from_a_record(tmp_path: Path):
     assert Tail("valid_loss_nats", rows=2)(ln, peers) == 1.5
     assert [Reach("step", of="ln")(each, peers) for each in (ln, bn)] == [3.0, 2.0]
     assert [Reach("seconds", of="bn")(each, peers) for each in (ln, bn)] == [30.0, 20.0]
+    assert [Reach("reached", of="bn")(each, peers) for each in (ln, bn)] == [0.0, 1.0]
+    lost = record(4, "diverged", ())
+    assert Reach("step", of="bn")(ln, {"bn": lost}) == 1.0
+    assert math.isnan(Reach("step", of="bn")(lost, {"bn": ln}))
+    with pytest.raises(InputError, match="of which there is no logarithm"):
+        Log2(Difference(result("test_loss_nats"), result("test_loss_nats")))(ln, peers)
     ln.write_probe("leak", {"options": {}, "summary": {"row_leak_eval": 0.25}})
     assert probe("leak", "row_leak_eval")(ln, peers) == 0.25
     assert Difference(result("test_running_loss_nats"), result("test_loss_nats"))(bn, peers) == pytest.approx(0.2)
@@ -258,7 +264,10 @@ def test_the_verdict_follows_the_numbers():
     assert kind(0.99, spread=0.5) == "inconclusive"
 
 
-@pytest.mark.parametrize(("predicted", "kind"), [("worse", "supported"), ("better", "refuted"), ("same", "refuted")])
+@pytest.mark.parametrize(
+    ("predicted", "kind"),
+    [("worse", "supported"), ("better", "refuted"), ("same", "refuted"), ("not worse", "refuted")],
+)
 def test_a_number_may_be_the_control(predicted: Any, kind: str):
     one = claim(comparisons=(dataclasses.replace(COMPARISON, control=0.5, predicted=predicted),))
     rows = [row("ln", seed, 1.0 + seed / 1000) for seed in range(1, 6)]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from normlab.records import environment
-from normlab.records.environment import collect_environment, last_commit
+from normlab.records.environment import collect_environment
 
 
 def test_it_names_versions_and_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +47,7 @@ def git(folder: Path, *arguments: str) -> None:
 
 def test_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    monkeypatch.setattr(environment, "_git", environment._git.__wrapped__)
     unknown = {"commit": None, "dirty": None}
     assert collect_environment()["git"] == unknown
     git(tmp_path, "init", "-q")
@@ -66,22 +67,16 @@ def test_commit_and_dirty_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert collect_environment()["git"] == unknown
 
 
-def test_the_last_commit_that_changed_a_file(tmp_path: Path) -> None:
-    rule, other = tmp_path / "rule.py", tmp_path / "other.py"
-    rule.write_text("a")
-    assert last_commit(rule) == ""
+def test_the_commit_is_that_of_the_first_time_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs is what was imported then."""
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    (tmp_path / "record.py").write_text("")
     git(tmp_path, "init", "-q")
-    assert last_commit(rule) == ""
     git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-q", "-m", "the rule")
-    first = last_commit(rule)
-    assert len(first) == 40
-    other.write_text("b")
-    git(tmp_path, "add", ".")
-    git(tmp_path, "commit", "-q", "-m", "something else")
-    assert last_commit(rule) == first != last_commit(other)
-    rule.write_text("c")
-    assert last_commit(rule) == f"{first}+"
+    git(tmp_path, "commit", "-q", "-m", "first")
+    first = collect_environment()["git"]
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "second")
+    assert collect_environment()["git"] == first
 
 
 def test_records_import_neither_torch_nor_wandb() -> None:

@@ -19,7 +19,7 @@ from normlab.claims.figure_tables import CurveRow, ProbeRow, curves_path, probes
 from normlab.claims.figures import FIGURES_OF_PROBES
 from normlab.claims.measurements import Measurement, probe, result
 from normlab.claims.rows import Row, write_rows
-from normlab.claims.rules import Rule, present_sha256, rule_path, write_rule
+from normlab.claims.rules import Rule, rule_path, rule_sha256, write_rule
 from normlab.config import DataConfig, RunConfig, TransformerConfig, config_hash
 from normlab.records.checks import ExactCheck, write_checks
 
@@ -217,8 +217,7 @@ def write_results(folder: Path) -> None:
         rows = make_rows(claim, scale, value)
         write_rows(table, rows)
         write_table(curves_path(table), _curves(claim, rows))
-        # The rule of the invented ones is in no file of its own.
-        write_rule(rule_path(table), Rule("abcdef0123", present_sha256(claim.id) if claim is d4 else "0" * 64))
+        write_rule(rule_path(table), Rule("abcdef0123", rule_sha256(claim, scale) if claim is d4 else "0" * 64))
     write_table(probes_path(folder / "small" / f"{DRAWN.id}.csv"), _probes(DRAWN))
     write_rows(folder / "small" / f"{UNFINISHED.id}.csv", make_rows(UNFINISHED, "small", _effect({}), seeds=(1, 2)))
     write_checks(folder / "exact.json", CHECKS)

@@ -78,6 +78,10 @@ def test_seeds_needed_grow_with_the_square_of_the_spread():
         (VAGUE, "better", "inconclusive"),
         (VAGUE, "worse", "inconclusive"),
         (VAGUE, "same", "inconclusive"),
+        (CLEAR, "not worse", "supported"),
+        (NOTHING, "not worse", "supported"),
+        ([-value for value in CLEAR], "not worse", "refuted"),
+        (VAGUE, "not worse", "inconclusive"),
     ],
 )
 def test_findings_become_verdicts(values: list[float], predicted: Prediction, kind: str):

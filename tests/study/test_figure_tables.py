@@ -12,7 +12,7 @@ import pytest
 from study_bench import Bench
 from tiny_study import DISCREPANCY, tiny_claim
 
-from normlab.claims import rules
+from normlab.claims import load_claim, rules
 from normlab.claims.figure_tables import (
     CurveRow,
     ProbeRow,
@@ -24,7 +24,7 @@ from normlab.claims.figure_tables import (
 )
 from normlab.claims.figures import FIGURES_OF_PROBES, ByX, Curves
 from normlab.claims.rows import read_rows
-from normlab.claims.rules import read_rule, rule_path
+from normlab.claims.rules import read_rule, rule_path, rule_sha256
 from normlab.config import InputError, RunConfig, available_probes
 from normlab.records.record import RunRecord
 
@@ -131,7 +131,7 @@ def test_a_damaged_table_of_figures_gets_one_line(bench: Bench, old: str, new: s
 
 def test_the_rule_is_that_of_the_beginning_of_the_verdict_runs(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     def fix(commit: str) -> None:
-        monkeypatch.setattr(rules, "last_commit", lambda path: commit)
+        monkeypatch.setattr(rules, "code_commit", lambda: {"commit": commit, "dirty": False})
 
     def written() -> str:
         study = bench.study()
@@ -157,10 +157,34 @@ def test_the_rule_is_that_of_the_beginning_of_the_verdict_runs(bench: Bench, mon
     assert read_rule(rule_path(table)) is None
 
 
-def test_a_rule_is_the_bytes_of_the_claims_file():
-    rule = rules.rule_now("d4_ln_solves_it")
-    assert (
-        rule.rule_sha256 == rules.present_sha256("d4_ln_solves_it") != rules.present_sha256("d2_shared_statistics_fail")
+def test_a_rule_of_shared_runs_says_how_many_were_there(bench: Bench):
+    """Another argument had them made, so that they are there before this one is asked for."""
+    bench.run()
+    table = bench.study().table(bench.study().claims[0])
+    table.unlink()
+    rule_path(table).unlink()
+    bench.run()
+    rule = read_rule(rule_path(table))
+    assert rule is not None
+    assert rule.verdict_runs_before == 4
+
+
+def test_a_rule_is_what_decides():
+    d4 = load_claim("d4_ln_solves_it")
+    first = rule_sha256(d4, "small")
+    assert len(first) == 64
+    assert rule_sha256(d4, "full") != first
+    beside = [m for m in d4.measurements if m.name in {c.measurement for c in d4.comparisons}]
+    assert rule_sha256(dataclasses.replace(d4, sentence="Other words.", measurements=tuple(beside)), "small") == first
+    ((name, setting),) = d4.settings.items()
+    arms = {**setting.arms, "ln": {"model": {"norm": "rms"}}}
+    others = (
+        {"verdict_seeds": (1, 2, 3, 4, 5)},
+        {"tuning_seeds": (103,)},
+        {"settings": {name: dataclasses.replace(setting, arms=arms)}},
+        {"settings": {name: dataclasses.replace(setting, learning_rates=(0.1, 0.2))}},
+        {"comparisons": d4.comparisons[:1]},
+        {"comparisons": tuple(dataclasses.replace(c, margin=1.0) for c in d4.comparisons)},
+        {"measurements": tuple(dataclasses.replace(m, read=beside[0].read) for m in d4.measurements)},
     )
-    assert len(rule.rule_sha256) == 64
-    assert rules.present_sha256("z9_not_a_file") == ""
+    assert len({first, *(rule_sha256(dataclasses.replace(d4, **other), "small") for other in others)}) == 8

@@ -83,7 +83,7 @@ class Comparison:
     arm: str
     control: str | float
     measurement: str
-    predicted: Literal["better", "worse", "same"]
+    predicted: Literal["better", "worse", "same", "not worse"]
     margin: float
     margin_reason: str
 
@@ -127,6 +127,7 @@ class Claim:
         source: where the note says it, and the paper behind it.
         kind: exact (decided by checks), measured (by runs) or both.
         checks: what decides the exact part: names in `results/exact.json`, of functions in `normlab/exact.py`.
+        limits: of the same names, those that show where the exact part ends; they decide nothing.
         settings: where arms are compared, by name.
         measurements: what is read from each verdict run. Those that no comparison names are shown beside.
         comparisons: what decides.
@@ -142,6 +143,7 @@ class Claim:
     source: str
     kind: Kind
     checks: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
     settings: Mapping[str, Setting] = field(default_factory=dict)
     measurements: tuple[Measurement, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
@@ -275,7 +277,7 @@ class Claim:
                     missing = [key[-1] for key in keys if key not in found]
                     self._require(not missing, f"no {measurement.name} of {arm} in {setting} at seeds {missing}")
                     sides.append([found[key] for key in keys])
-                if isinstance(comparison.control, float):
+                if not isinstance(comparison.control, str):
                     constant = comparison.control
                     sides.append([dataclasses.replace(row, value=constant, diverged=False) for row in sides[0]])
                 name = f"{setting}: {comparison.arm} against {comparison.control}, {measurement.name}"

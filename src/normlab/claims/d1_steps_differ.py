@@ -35,6 +35,16 @@ CLAIM = Claim(
             Measurement(f"settling_step.{site}", "time steps", False, probe("step_statistics", f"settling_step.{site}"))
             for site in SITES
         ),
+        # The first step alone: h_0 and c_0 are the same in all rows.
+        *(
+            Measurement(
+                f"first_step_mean_distance.{site}",
+                "sigma",
+                False,
+                probe("step_statistics", f"first_step_mean_distance.{site}"),
+            )
+            for site in SITES
+        ),
         Measurement("noise", "sigma", False, probe("step_statistics", "noise")),
     ),
     # Before normalization, in the net that keeps separate statistics and in the one that has no norm; what the sample

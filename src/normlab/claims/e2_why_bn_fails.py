@@ -38,10 +38,11 @@ CLAIM = Claim(
         Measurement("discrepancy_mean", "sigma", True, probe("discrepancy", "discrepancy_mean")),
         Measurement("discrepancy_std", "sigma", True, probe("discrepancy", "discrepancy_std")),
     ),
-    # Both must hold: stored statistics cost loss against the batch's own, and with the batch's own BN is as good as LN.
+    # Both must hold: stored statistics cost loss against the batch's own, and with the batch's own BN is as good as LN
+    # (or better: the batch's own tell of other rows, in the encoder of later text too).
     comparisons=(
         Comparison("bn", 0.0, "stored_minus_batch_loss_nats", "worse", MARGIN, REASON),
-        Comparison("bn", "ln", "batch_statistics_loss_nats", "same", MARGIN, REASON),
+        Comparison("bn", "ln", "batch_statistics_loss_nats", "not worse", MARGIN, REASON),
     ),
     tuning_seeds=ONE_TUNING_SEED,
     verdict_seeds=FIVE_SEEDS,

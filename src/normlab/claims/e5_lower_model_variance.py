@@ -19,7 +19,9 @@ MARGIN = 0.01
 REASON = "half of the 0.02 nats by which losses are told apart in e1: of the two parts of a loss variance is one"
 ARMS = {name: norm_arm(name) for name in ("none", "ln", "bn")}
 # Nats by which the predictions of one seed's run are off the common prediction of all seeds of its arm (Heskes 1998):
-# their mean is the variance part of the loss. All arms have as many runs, which it depends on.
+# their mean is the variance part of the loss. It depends on how many runs are split: arms have as many, but for those
+# that diverge. Values of seeds are a little alike, having the common prediction in common, so that intervals are about
+# a tenth too narrow.
 VARIANCE = across_seeds("bias_variance", "variance_nats", VERDICT_SEEDS, examples=2**15)
 
 

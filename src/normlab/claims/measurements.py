@@ -98,20 +98,25 @@ class Tail:
 class Reach:
     """Optimizer steps, or seconds of training, until a loss is as low as the best one of arm `of` at the same seed.
 
-    A run that never gets there counts with its last value on that axis: too little, never too much.
+    A run that never gets there counts with its last value on that axis: too little, never too much. The axis "reached"
+    says whether it got there: 1 or 0.
     """
 
-    axis: Literal["step", "seconds"]
+    axis: Literal["step", "seconds", "reached"]
     of: str
     metric: str = "valid_loss_nats"
 
     def __call__(self, record: RunRecord, peers: Peers) -> float:
         rows = [row for row in record.metrics() if self.metric in row]
         best = [float(row[self.metric]) for row in peers[self.of].metrics() if self.metric in row]
-        goal = min(best, default=math.nan)
+        # An arm that diverged before its first validation is reached by the first of any other.
+        goal = min(best, default=math.inf if peers[self.of].outcome().state == "diverged" else math.nan)
         if not rows or record.outcome().state == "diverged" or math.isnan(goal):
             return _missing(record, self.metric)
-        return float(next((row for row in rows if row[self.metric] <= goal), rows[-1])[self.axis])
+        reached = next((row for row in rows if row[self.metric] <= goal), None)
+        if self.axis == "reached":
+            return float(reached is not None)
+        return float((reached or rows[-1])[self.axis])
 
 
 @dataclass(frozen=True)
@@ -168,7 +173,10 @@ class Log2:
     read: Read
 
     def __call__(self, record: RunRecord, peers: Peers) -> float:
-        return math.log2(self.read(record, peers))
+        value = self.read(record, peers)
+        if value <= 0:
+            raise InputError(f"run {record.id} has {value}, of which there is no logarithm")
+        return math.log2(value)
 
 
 def parts(read: Read) -> list[Read]:

@@ -1,7 +1,7 @@
 """The rule of an argument as it stood when its verdict runs began: `results/<scale>/<claim>.json`.
 
-A claim's file holds all of the rule: what is compared, by how much, on which seeds. Its hash tells whether it was
-changed once there were numbers to see.
+The rule is what decides: comparisons and what they read, runs of all arms, sweeps, seeds. Its hash tells whether any of
+it was changed once there were numbers to see; sentences, and what is measured beside, may change.
 """
 
 from __future__ import annotations
@@ -11,24 +11,27 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from normlab.config import InputError
+from normlab.claims.base import Claim, Scale
+from normlab.config import InputError, config_hash
 from normlab.records.disk import parse_json, to_json, write_atomically
-from normlab.records.environment import last_commit
+from normlab.records.environment import code_commit
 
-__all__ = ["Rule", "present_sha256", "read_rule", "rule_now", "rule_path", "write_rule"]
+__all__ = ["Rule", "read_rule", "rule_now", "rule_path", "rule_sha256", "write_rule"]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A claim's file at some time.
+    """A claim's rule at some time.
 
     Args:
-        rule_commit: the last commit that changed it; "+" after it if it was changed since, empty if unknown.
-        rule_sha256: of its bytes.
+        rule_commit: of the code; "+" after it if files differed from it, empty if unknown.
+        rule_sha256: see `rule_sha256`.
+        verdict_runs_before: verdict runs that were there by then, since other arguments have them too.
     """
 
     rule_commit: str
     rule_sha256: str
+    verdict_runs_before: int = 0
 
 
 def rule_path(table: Path) -> Path:
@@ -36,14 +39,26 @@ def rule_path(table: Path) -> Path:
     return table.with_suffix(".json")
 
 
-def present_sha256(claim_id: str) -> str:
-    """Of the claim's file as it is; empty if it is not one of this package."""
-    path = _file(claim_id)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+def rule_sha256(claim: Claim, scale: Scale) -> str:
+    """Of all that decides."""
+    compared = {comparison.measurement for comparison in claim.comparisons}
+    decides = {
+        "comparisons": [[c.arm, c.control, c.measurement, c.predicted, c.margin] for c in claim.comparisons],
+        "measurements": {m.name: [repr(m.read), m.lower_is_better] for m in claim.measurements if m.name in compared},
+        "runs": {
+            name: {arm: config_hash(setting.config(scale, arm)) for arm in setting.arms}
+            for name, setting in claim.settings.items()
+        },
+        "sweeps": {name: list(setting.learning_rates) for name, setting in claim.settings.items()},
+        "seeds": [list(claim.tuning_seeds), list(claim.verdict_seeds)],
+    }
+    return hashlib.sha256(to_json(decides).encode()).hexdigest()
 
 
-def rule_now(claim_id: str) -> Rule:
-    return Rule(last_commit(_file(claim_id)), present_sha256(claim_id))
+def rule_now(claim: Claim, scale: Scale, verdict_runs_before: int) -> Rule:
+    git = code_commit()
+    commit = (git["commit"] or "") + ("+" if git["dirty"] else "")
+    return Rule(commit, rule_sha256(claim, scale), verdict_runs_before)
 
 
 def write_rule(path: Path, rule: Rule) -> None:
@@ -63,7 +78,3 @@ def read_rule(path: Path) -> Rule | None:
         return None
     except TypeError:
         raise InputError(f"{path} does not say which rule was fixed; restore it") from None
-
-
-def _file(claim_id: str) -> Path:
-    return Path(__file__).parent / f"{claim_id}.py"

@@ -36,7 +36,7 @@ WORKER_ENVIRONMENT = {
 
 _processes = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 if sys.platform == "linux":
-    _processes.set_forkserver_preload(["normlab.training.run", "normlab.training.probing"])
+    _processes.set_forkserver_preload(["normlab.execution.preloaded"])
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class LocalWorkers:
         """Ask all workers to save and end; kill those that do not, or all of them on a second Ctrl-C."""
         try:
             for worker in self._workers:
-                worker.process.terminate()
+                if worker.process.exitcode is None:
+                    worker.process.terminate()
             deadline = time.monotonic() + STOP_SECONDS
             for worker in self._workers:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
@@ -132,10 +133,10 @@ def _start(path: Path, log: Path) -> BaseProcess:
 def _begin(worker: Sequence[str], path: str, log: str, folder: str, environment: Mapping[str, str]) -> None:
     """In the new process: run the program `worker` as Python would with these arguments, in the caller's surroundings,
     which may have changed since the server began."""
-    os.setsid()  # Ctrl-C in the terminal is the parent's to pass on
     file = os.open(log, os.O_WRONLY)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.setsid()  # Ctrl-C in the terminal is the parent's to pass on
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -7,11 +7,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["collect_environment", "last_commit", "program"]
+__all__ = ["code_commit", "collect_environment", "program"]
 
 PACKAGES = ("normlab", "torch", "pytorch-lightning", "numpy", "wandb", "datasets", "tokenizers", "transformers")
 
@@ -32,7 +33,7 @@ def collect_environment(devices: Sequence[str] = ()) -> dict[str, Any]:
         "memory_gib": round(memory_gib, 1),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
-        "git": _git(Path(__file__).parent),
+        "git": code_commit(),
         "argv": _command(sys.argv),
     }
 
@@ -83,8 +84,14 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def code_commit() -> dict[str, Any]:
+    """Commit of the normlab in use and whether its files differ from it, when first asked in this process; None where
+    git does not know them."""
+    return dict(_git(Path(__file__).parent))
+
+
+@cache
 def _git(folder: Path) -> dict[str, Any]:
-    """Commit of the normlab in use and whether its files differ from it; None where git does not know them."""
     unknown = {"commit": None, "dirty": None}
     # `ls-files`: an installed package may lie inside somebody else's repository.
     if not _ask_git(folder, "ls-files", "--", "record.py"):
@@ -94,13 +101,6 @@ def _git(folder: Path) -> dict[str, Any]:
     if not commits or commits[0] == "(initial)":
         return unknown
     return {"commit": commits[0], "dirty": any(not line.startswith("#") for line in lines)}
-
-
-def last_commit(path: Path) -> str:
-    """The last commit that changed the file; "+" after it if the file differs from it, empty if git knows none."""
-    commit = _ask_git(path.parent, "log", "-1", "--format=%H", "--", path.name).strip()
-    changed = _ask_git(path.parent, "status", "--porcelain", "--", path.name).strip()
-    return commit + ("+" if commit and changed else "")
 
 
 def _ask_git(folder: Path, *arguments: str) -> str:

@@ -6,6 +6,7 @@ exact.json -> verdict of the exact part
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,12 @@ class Exact:
     Args:
         checks: those of its checks that were computed.
         missing: names of the others.
+        limits: checks that show where the argument ends; they decide nothing.
     """
 
     checks: Sequence[ExactCheck]
     missing: Sequence[str]
+    limits: Sequence[ExactCheck]
 
     @property
     def verdict(self) -> Shown:
@@ -66,6 +69,7 @@ class Measured:
         among: how many arguments were judged at that scale.
         rule: as it was when the verdict runs began.
         curves, probes: what figures are drawn from.
+        drawn_from: beginning of the hash of those tables, so that a report with old figures is seen to be old.
     """
 
     claim: Claim
@@ -78,6 +82,7 @@ class Measured:
     rule: Rule | None
     curves: Sequence[CurveRow]
     probes: Sequence[ProbeRow]
+    drawn_from: str
 
     @property
     def verdict(self) -> Shown:
@@ -132,15 +137,19 @@ def judge_all(claims: Sequence[Claim], results: Path) -> list[Argument]:
     return [
         Argument(
             claim,
-            _exact(claim.checks, checks) if claim.checks else None,
+            _exact(claim, checks) if claim.checks else None,
             [part for part in measured if part.claim.id == claim.id],
         )
         for claim in claims
     ]
 
 
-def _exact(names: Iterable[str], checks: dict[str, ExactCheck]) -> Exact:
-    return Exact([checks[name] for name in names if name in checks], [name for name in names if name not in checks])
+def _exact(claim: Claim, checks: dict[str, ExactCheck]) -> Exact:
+    def found(names: Iterable[str]) -> list[ExactCheck]:
+        return [checks[name] for name in names if name in checks]
+
+    missing = [name for name in (*claim.checks, *claim.limits) if name not in checks]
+    return Exact(found(claim.checks), missing, found(claim.limits))
 
 
 def _at_scale(claims: Sequence[Claim], scale: Scale, folder: Path) -> list[Measured]:
@@ -150,6 +159,7 @@ def _at_scale(claims: Sequence[Claim], scale: Scale, folder: Path) -> list[Measu
     unfinished: dict[str, str] = {}
     for claim in there:
         try:
+            _require_its_runs(claim, scale, rows[claim.id])
             alone[claim.id] = claim.judge(rows[claim.id])
         except InputError as error:
             unfinished[claim.id] = str(error)
@@ -167,6 +177,23 @@ def _at_scale(claims: Sequence[Claim], scale: Scale, folder: Path) -> list[Measu
             read_rule(rule_path(tables[claim.id])),
             read_table(curves_path(tables[claim.id]), CurveRow),
             read_table(probes_path(tables[claim.id]), ProbeRow),
+            _sha256(curves_path(tables[claim.id]), probes_path(tables[claim.id])),
         )
         for claim in there
     ]
+
+
+def _require_its_runs(claim: Claim, scale: Scale, rows: Sequence[Row]) -> None:
+    """Raise `InputError` if the verdict runs are not those that the argument plans."""
+    planned = {run.id for run in claim.verdict_runs(scale, claim.choose_rates(rows))}
+    strange = {row.run_id for row in rows if row.phase == "verdict"} - planned
+    if strange:
+        raise InputError(
+            f"argument {claim.id}: its settings changed: {len(strange)} verdict runs of the table are not those that "
+            f"it plans now; make study CLAIM={claim.id} SCALE={scale}"
+        )
+
+
+def _sha256(*paths: Path) -> str:
+    there = [path.read_bytes() for path in paths if path.exists()]
+    return hashlib.sha256(b"".join(there)).hexdigest()[:12] if there else ""

@@ -196,11 +196,18 @@ def _exact_part(exact: Exact) -> Part:
         for check in exact.checks
     ]
     rows += [(name, "", "", "", "not yet run") for name in exact.missing]
-    table = Table("What was computed", ("check", "statement", "value", "bound", "result"), rows)
+    header = ("check", "statement", "value", "bound", "result")
+    tables = [Table("What was computed", header, rows)]
+    if exact.limits:
+        rows = [
+            (check.name, check.statement, plain(check.value), check.bound, "so it is" if check.holds else "not so")
+            for check in exact.limits
+        ]
+        tables.append(Table("Where it ends", header, rows, note="These decide nothing."))
     suffix = (
         "a check that does not keep its bound" if exact.verdict == "supported" else "all checks within their bounds"
     )
-    return Part("Exact", exact.verdict, why_exact(exact), [table], changes=[suffix])
+    return Part("Exact", exact.verdict, why_exact(exact), tables, changes=[suffix])
 
 
 def _measured_part(argument: Argument, part: Measured) -> Part:

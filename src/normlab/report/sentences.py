@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 
 from normlab.claims.base import Claim, Comparison
-from normlab.claims.rules import present_sha256
+from normlab.claims.rules import rule_sha256
 from normlab.config import DataConfig, HuggingFaceConfig, RunConfig, model_label
 from normlab.data.corpora import ENTRIES
 from normlab.report.judged import Argument, Exact, Found, Measured
@@ -161,10 +161,8 @@ def provenance(part: Measured) -> list[str]:
         f"{len(runs)} runs, trained at commit {', '.join(map(_short, commits))} on {machines}",
         f"the rule: src/normlab/claims/{part.claim.id}.py, {_rule(part)}",
     ]
-    planned = {run.id for run in part.claim.verdict_runs(part.scale, part.claim.choose_rates(rows))}
-    strange = {row.run_id for row in rows if row.phase == "verdict"} - planned
-    if strange:
-        lines.append(f"{len(strange)} verdict runs are not those that the argument plans now: its settings changed")
+    if part.drawn_from:
+        lines.append(f"figures are drawn from tables with SHA-256 {part.drawn_from}")
     return lines
 
 
@@ -172,7 +170,9 @@ def _rule(part: Measured) -> str:
     if part.rule is None:
         return "how it stood when the verdict runs began was not written down"
     fixed_at = f"fixed at commit {_short(part.rule.rule_commit)}"
-    if part.rule.rule_sha256 == present_sha256(part.claim.id):
+    if part.rule.verdict_runs_before:
+        fixed_at += f" (when other arguments had made {part.rule.verdict_runs_before} of its verdict runs)"
+    if part.rule.rule_sha256 == rule_sha256(part.claim, part.scale):
         return f"{fixed_at}, unchanged since its verdict runs began"
     return f"{fixed_at}, CHANGED after its verdict runs began"
 

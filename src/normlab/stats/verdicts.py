@@ -23,7 +23,7 @@ from normlab.stats.power import MOST_SEEDS, seeds_needed
 __all__ = ["ClaimVerdict", "Kind", "Prediction", "Verdict", "combine", "correct", "findings", "judge"]
 
 Kind = Literal["supported", "refuted", "inconclusive"]
-Prediction = Literal["better", "worse", "same"]
+Prediction = Literal["better", "worse", "same", "not worse"]
 Finding = Literal["better", "worse", "same", "open"]
 
 
@@ -80,7 +80,8 @@ class ClaimVerdict:
 def judge(comparison: Comparison, predicted: Prediction, margin: float) -> Verdict:
     """The verdict of one comparison on "the arm is `predicted` against the control".
 
-    Supported is the finding predicted (see `findings`), refuted any other finding, inconclusive an open matter. Where
+    Supported is the finding predicted (see `findings`; "not worse" is better or the same), refuted any other finding,
+    inconclusive an open matter. Where
     more than half of an arm's runs diverged, Fisher's exact test on the numbers of diverged runs takes the place of
     the intervals.
 
@@ -100,7 +101,7 @@ def judge(comparison: Comparison, predicted: Prediction, margin: float) -> Verdi
         finding_D, p_D = findings(effects, margin)
         finding, p = cast(Finding, str(finding_D[0])), float(p_D[0])
     verdict = Verdict(
-        kind="inconclusive" if finding == "open" else "supported" if finding == predicted else "refuted",
+        kind="inconclusive" if finding == "open" else "supported" if _agrees(finding, predicted) else "refuted",
         finding=finding,
         effect=float(effects.mean_D[0]),
         low=float(effects.low_D[0]),
@@ -117,6 +118,10 @@ def judge(comparison: Comparison, predicted: Prediction, margin: float) -> Verdi
     if finding == "open":
         verdict = replace(verdict, seeds_needed=_seeds_needed(verdict, ALPHA))
     return replace(verdict, why=_why_divergence(verdict) if divergence_decides(*divergence) else _why(verdict))
+
+
+def _agrees(finding: Finding, predicted: Prediction) -> bool:
+    return finding in ("better", "same") if predicted == "not worse" else finding == predicted
 
 
 def findings(effects: Effects, margin: float) -> tuple[np.ndarray, np.ndarray]:

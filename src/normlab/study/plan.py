@@ -18,7 +18,7 @@ from normlab.claims.figure_tables import curve_rows, curves_path, probe_rows, pr
 from normlab.claims.measurements import Measurement
 from normlab.claims.rows import Phase, Row, read_rows, write_rows
 from normlab.claims.rules import rule_now, rule_path, write_rule
-from normlab.config import InputError, OutputConfig, config_hash, run_id
+from normlab.config import DataConfig, InputError, OutputConfig, config_hash, run_id
 from normlab.data.corpora import require_corpus
 from normlab.execution.durations import Durations
 from normlab.execution.jobs import Job
@@ -86,7 +86,10 @@ class Study:
     def require_corpora(self) -> None:
         """Raise `InputError` unless the corpora of all arguments are here."""
         for claim in self.claims:
-            for data in {setting.base[self.scale].data for setting in claim.settings.values()}:
+            wanted = {setting.base[self.scale].data for setting in claim.settings.values()}
+            if any(read.probe == "senses" for read in claim.probes):
+                wanted.add(DataConfig(corpus="wic"))
+            for data in wanted:
                 try:
                     require_corpus(data)
                 except InputError as error:
@@ -139,12 +142,15 @@ class Study:
         return [*self._rows(claim, tuning, (TUNING,)), *self._rows(claim, verdict, claim.measurements)]
 
     def fix_rules(self) -> None:
-        """Write down the rule of each argument that has no verdict run yet, so that later changes of it are seen."""
+        """Write down the rule of each argument whose table has no verdict run yet, so that later changes are seen."""
         for claim in self.claims:
-            state = self.state(claim)
+            if any(phase == "verdict" for phase, *_ in self._kept[claim.id]):
+                continue
+            state, path = self.state(claim), rule_path(self.table(claim))
             missing = {run.key for run in state.missing}
-            if all(run.key in missing for run in state.runs if run.phase == "verdict"):
-                write_rule(rule_path(self.table(claim)), rule_now(claim.id))
+            before = sum(run.phase == "verdict" and run.key not in missing for run in state.runs)
+            if not before or not path.exists():
+                write_rule(path, rule_now(claim, self.scale, before))
 
     def write(self, state: ClaimState) -> None:
         """Write the argument's table, if there is a row, and what its figures need, if all records are here."""
