@@ -8,10 +8,12 @@ import pytest
 from study_bench import Bench
 
 from normlab.execution import local
+from normlab.study import running
 
 
 @pytest.fixture
 def bench(tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     stand_in = Path(__file__).with_name("stand_in_worker.py")
     monkeypatch.setattr(local, "WORKER", (str(stand_in),))
+    monkeypatch.setattr(running, "POLL_SECONDS", 0.02)
     return Bench(tmp_path, tiny_text)
