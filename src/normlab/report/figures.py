@@ -23,7 +23,6 @@ from normlab.config import available_norms
 from normlab.report.judged import Found
 from normlab.report.numbers import as_measured
 from normlab.report.sections import CurvePlot, EffectPlot, LinePlot, Picture
-from normlab.report.sentences import pair
 from normlab.stats.divergence import divergence_decides
 
 __all__ = ["alone", "draw", "norm_colours"]
@@ -219,13 +218,13 @@ def _effect(axes: Axes, height: int, found: Found, colour: str) -> None:
     axes.plot([low, high], [height, height], color=colour, linewidth=2.2, solid_capstyle="butt")
     axes.plot([mean], [height], "o", color=colour, markersize=6)
     at = axes.get_yaxis_transform()
-    said = f"{found.setting}: {verdict.kind}" + (
+    comparison = found.comparison
+    verdicts = f"{comparison.arm} against {comparison.control}: {verdict.kind}" + (
         ", by diverged runs" if divergence_decides(*verdict.divergence) else ""
     )
-    axes.text(
-        0, height + 0.58, _shortened(pair(found.comparison)), transform=at, va="center", fontsize=8.5, fontweight="bold"
-    )
-    axes.text(0, height + 0.33, _shortened(said), transform=at, va="center", fontsize=8.5)
+    where = f"{comparison.measurement} in {found.setting}"
+    axes.text(0, height + 0.58, _shortened(verdicts), transform=at, va="center", fontsize=8.5, fontweight="bold")
+    axes.text(0, height + 0.33, _shortened(where), transform=at, va="center", fontsize=8.5)
 
 
 def _shortened(text: str, letters: int = LETTERS) -> str:
