@@ -44,7 +44,10 @@ def report(claims: Sequence[Claim], results: Path, output: Path, readme: Path | 
         page = Path(os.path.relpath(output / "report.md", readme.parent)).as_posix()
         texts[readme] = _filled(readme, readme_table(rows, page))
     if check:
-        return _check(texts, output, pictures)
+        code = _check(texts, output, pictures)
+        if not code:
+            print(f"{', '.join(map(str, texts))} say what the tables do: {tally(rows)}")
+        return code
     _write_figures(output / FIGURES, svg)
     for path, text in texts.items():
         write_atomically(path, text)
