@@ -87,9 +87,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _show(arguments: list[str]) -> int:
-    parser = ArgumentParser(
-        prog="python -m normlab show", description="Show the record of a run.", exit_on_error=False, allow_abbrev=False
-    )
+    parser = _parser("show", "Show the record of a run.")
     parser.add_argument("run", type=str, help="id in the runs folder, or the folder of the record")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     options = _parse(parser, arguments)
@@ -111,9 +109,7 @@ def _probe(arguments: list[str]) -> int:
     from normlab.probes.base import probe_class
 
     cls = probe_class(name)
-    parser = ArgumentParser(
-        prog=f"python -m normlab probe {name}", description=cls.__doc__, exit_on_error=False, allow_abbrev=False
-    )
+    parser = _parser(f"probe {name}", cls.__doc__)
     parser.add_argument("runs", type=str, nargs="*", help="ids in the runs folder, or folders of records")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     parser.add_class_arguments(cls, as_group=False)
@@ -127,11 +123,9 @@ def _probe(arguments: list[str]) -> int:
 
 
 def _study(arguments: list[str]) -> int:
-    parser = ArgumentParser(
-        prog="python -m normlab study",
-        description="Run what an argument still misses, and write its table of results; without one, list all.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = _parser(
+        "study",
+        "Run what an argument still misses, and write its table of results; without one, list all.",
     )
     parser.add_argument("claim", type=str, nargs="?", help="id or the beginning of one, letter of a section, or all")
     parser.add_argument(
@@ -152,11 +146,9 @@ def _study(arguments: list[str]) -> int:
 
 
 def _exact(arguments: list[str]) -> int:
-    parser = ArgumentParser(
-        prog="python -m normlab exact",
-        description="Compute what is true or false by mathematics and write exact.json; exit code 1 if a bound breaks.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = _parser(
+        "exact",
+        "Compute what is true or false by mathematics and write exact.json; exit code 1 if a bound breaks.",
     )
     parser.add_argument("--results_dir", type=str, default="results", help="folder of exact.json")
     options = _parse(parser, arguments)
@@ -173,11 +165,9 @@ def _exact(arguments: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    parser = ArgumentParser(
-        prog="python -m normlab report",
-        description="Judge all arguments from their tables, and write report.html, report.md and the README's table.",
-        exit_on_error=False,
-        allow_abbrev=False,
+    parser = _parser(
+        "report",
+        "Judge all arguments from their tables, and write report.html, report.md and the README's table.",
     )
     parser.add_argument("--results", type=str, default="results", help="folder of the tables")
     parser.add_argument("--output", type=str, default="", help="folder of the report; empty takes that of the tables")
@@ -217,14 +207,12 @@ def parse_run(arguments: Sequence[str]) -> RunConfig:
 
 def run_parser(model: str) -> ArgumentParser:
     """A parser with one flag per field of `RunConfig`, for the model of that name."""
-    parser = ArgumentParser(
-        prog="python -m normlab train",
-        description=f"Train one run and record it. These are the flags of --model {model}; for those of the others: "
+    parser = _parser(
+        "train",
+        f"Train one run and record it. These are the flags of --model {model}; for those of the others: "
         f"{', '.join(f'--model {name} --help' for name in MODELS if name != model)}. "
         "Short: --norm, --model and --data for --model.norm, --model.name and --data.corpus; "
         "--model hf:gpt2 for --model.name hf --model.architecture gpt2.",
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="a YAML file with these fields; later flags change it")
     parser.add_argument("--resume", type=str, metavar="RUN", help="go on with this run: its id or folder")
@@ -301,6 +289,12 @@ def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfi
     given = {a[len("--output.") :].partition("=")[0] for a in arguments if a.startswith("--output.")}
     output = replace(record.config.output, **{name: getattr(options.output, name) for name in given})
     return replace(record.config, output=replace(output, runs_dir=str(record.folder.parent)))
+
+
+def _parser(command: str, description: str | None) -> ArgumentParser:
+    return ArgumentParser(
+        prog=f"python -m normlab {command}", description=description, exit_on_error=False, allow_abbrev=False
+    )
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from tiny_training import losses_on_one_batch
 from tiny_transformer import (
     EVERYWHERE,
     PLACEMENTS,
@@ -251,17 +252,7 @@ def test_bad_use_is_one_clear_line() -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_learns_a_tiny_batch(placement: str, norm: str, classes: int | None) -> None:
     model = TransformerModel(config(norm=norm, placement=placement), VOCABULARY, classes=classes, length=8)
-    batch = tokens(6, 8)
-    targets = torch.tensor([0, 1, 2, 0, 1, 2]) if classes else batch.roll(-1, dims=1).flatten()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(40):
-        logits = model(batch).logits
-        loss = functional.cross_entropy(logits if classes else logits.flatten(0, 1), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_on_one_batch(model, tokens(6, 8), classes)
     assert losses[-1] < 0.6 * losses[0]
 
 

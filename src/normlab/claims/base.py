@@ -61,6 +61,11 @@ class Setting:
     arms: Mapping[str, Arm]
     learning_rates: tuple[float, ...]
 
+    def is_end_of_sweep(self, rate: float) -> bool:
+        """Whether a rate next to it was not tried: the best one may lie beyond."""
+        sweep = self.learning_rates
+        return len(sweep) > 1 and rate in (sweep[0], sweep[-1])
+
     def config(self, scale: Scale, arm: str) -> RunConfig:
         """The arm's run, but for rate and seed."""
         base, change = self.base[scale], self.arms[arm]
@@ -268,20 +273,20 @@ class Claim:
         """
         found = {(row.setting, row.arm, row.measurement, row.seed): row for row in rows if row.phase == "verdict"}
         verdicts: dict[str, Verdict] = {}
-        for comparison in self.comparisons:
-            measurement = next(m for m in self.measurements if m.name == comparison.measurement)
-            for setting in self._settings_of(comparison):
-                sides: list[list[Row]] = []
-                for arm in comparison.arms:
-                    keys = [(setting, arm, measurement.name, seed) for seed in self.verdict_seeds]
-                    missing = [key[-1] for key in keys if key not in found]
-                    self._require(not missing, f"no {measurement.name} of {arm} in {setting} at seeds {missing}")
-                    sides.append([found[key] for key in keys])
-                if not isinstance(comparison.control, str):
-                    constant = comparison.control
-                    sides.append([dataclasses.replace(row, value=constant, diverged=False) for row in sides[0]])
-                name = f"{setting}: {comparison.arm} against {comparison.control}, {measurement.name}"
-                verdicts[name] = verdict_of(comparison, measurement, *sides)
+        measurements = {measurement.name: measurement for measurement in self.measurements}
+        for comparison, setting in self.pairs():
+            measurement = measurements[comparison.measurement]
+            sides: list[list[Row]] = []
+            for arm in comparison.arms:
+                keys = [(setting, arm, measurement.name, seed) for seed in self.verdict_seeds]
+                missing = [key[-1] for key in keys if key not in found]
+                self._require(not missing, f"no {measurement.name} of {arm} in {setting} at seeds {missing}")
+                sides.append([found[key] for key in keys])
+            if not isinstance(comparison.control, str):
+                constant = comparison.control
+                sides.append([dataclasses.replace(row, value=constant, diverged=False) for row in sides[0]])
+            name = f"{setting}: {comparison.arm} against {comparison.control}, {measurement.name}"
+            verdicts[name] = verdict_of(comparison, measurement, *sides)
         from normlab.stats.verdicts import combine
 
         return combine(verdicts)

@@ -1,7 +1,7 @@
 """D1: the time steps of a recurrent net have different statistics."""
 
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arm
+from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arms
 from normlab.claims.measurements import Measurement, probe
 
 SITES = ("hidden_to_hidden", "cell")
@@ -22,13 +22,7 @@ CLAIM = Claim(
     ),
     source="the note, recurrent networks; Cooijmans et al. 2016, arXiv 1603.09025, section 3",
     kind="measured",
-    settings={
-        "char_lstm": Setting(
-            CHAR_LSTM,
-            {"none": norm_arm("none"), "ln": norm_arm("ln"), "bn_step": norm_arm("bn_step")},
-            LSTM_RATES,
-        )
-    },
+    settings={"char_lstm": Setting(CHAR_LSTM, norm_arms("none", "ln", "bn_step"), LSTM_RATES)},
     measurements=(
         *(spread(statistic, site) for statistic in ("mean", "std") for site in SITES),
         *(

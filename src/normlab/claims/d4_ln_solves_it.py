@@ -1,7 +1,7 @@
 """D4: LN is the answer to what recurrent nets make of batch normalization."""
 
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arm
+from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arms
 from normlab.claims.measurements import Measurement, Tail, probe, result
 
 MARGIN = 0.01
@@ -12,13 +12,7 @@ CLAIM = Claim(
     sentence="Layer normalization has none of batch normalization's problems with sequences, and does better.",
     source="the note, recurrent networks; Ba, Kiros & Hinton 2016, arXiv 1607.06450",
     kind="measured",
-    settings={
-        "char_lstm": Setting(
-            CHAR_LSTM,
-            {"none": norm_arm("none"), "ln": norm_arm("ln"), "bn_step": norm_arm("bn_step")},
-            LSTM_RATES,
-        )
-    },
+    settings={"char_lstm": Setting(CHAR_LSTM, norm_arms("none", "ln", "bn_step"), LSTM_RATES)},
     measurements=(
         Measurement("test_loss_nats", "nats", True, result("test_loss_nats", "unigram_test_loss_nats")),
         Measurement("train_mode_loss_nats", "nats", True, Tail("train_loss_nats")),

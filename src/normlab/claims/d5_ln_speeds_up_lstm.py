@@ -3,12 +3,12 @@
 import math
 
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.families import CHAR_LSTM, LSTM_RATES, SST2_LSTM, TUNING_SEEDS, VERDICT_SEEDS, norm_arm
+from normlab.claims.families import CHAR_LSTM, LSTM_RATES, SST2_LSTM, TUNING_SEEDS, VERDICT_SEEDS, norm_arms
 from normlab.claims.measurements import Log2, Measurement, Reach
 
 MARGIN = math.log2(1.1)
 REASON = "a tenth: less than two rates of the sweep differ by"
-ARMS = {"none": norm_arm("none"), "ln": norm_arm("ln"), "bn_step": norm_arm("bn_step")}
+ARMS = norm_arms("none", "ln", "bn_step")
 
 CLAIM = Claim(
     id="d5_ln_speeds_up_lstm",

@@ -3,7 +3,7 @@
 import math
 
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arm
+from normlab.claims.families import CHAR_LSTM, LSTM_RATES, TUNING_SEEDS, VERDICT_SEEDS, norm_arms
 from normlab.claims.measurements import Log2, Measurement, probe
 
 MARGIN = math.log2(1.1)
@@ -14,13 +14,7 @@ CLAIM = Claim(
     sentence="Computing and storing statistics per time step is troublesome.",
     source="the note, recurrent networks; Ba, Kiros & Hinton 2016, arXiv 1607.06450, section 1",
     kind="measured",
-    settings={
-        "char_lstm": Setting(
-            CHAR_LSTM,
-            {"none": norm_arm("none"), "ln": norm_arm("ln"), "bn_step": norm_arm("bn_step")},
-            LSTM_RATES,
-        )
-    },
+    settings={"char_lstm": Setting(CHAR_LSTM, norm_arms("none", "ln", "bn_step"), LSTM_RATES)},
     # "fused": the fastest recurrence that has the norm (torch.nn.LSTM without one); "eager": the plain loop, for all.
     measurements=(
         Measurement("log2_seconds_per_step_fused", "log2 seconds", True, Log2(probe("cost", "seconds_per_step"))),

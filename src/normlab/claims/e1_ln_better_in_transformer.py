@@ -7,6 +7,7 @@ from normlab.claims.families import (
     TRANSFORMER_RATES,
     char_transformer,
     norm_arm,
+    norm_arms,
     sst2_transformer,
 )
 from normlab.claims.measurements import Measurement, Tail, result
@@ -16,7 +17,7 @@ REASON = (
     "0.02 nats: 0.03 bits per character, twice what LN gained over no norm in the LSTM of Laurent et al. 2017; in a "
     "sentence classifier a change of accuracy of about one in a hundred"
 )
-SHARED = {name: norm_arm(name) for name in ("none", "ln", "rms", "bn", "bn_step")}
+SHARED = norm_arms("none", "ln", "rms", "bn", "bn_step")
 # In the decoder bn and bn_step pool the rows at one position, and see no later text. These pool the text so far, and
 # the whole batch: the latter sees later text in training, which is not what BN itself costs.
 POOLED = {"bn_prefix": norm_arm("bn", pool="prefix"), "bn_future": norm_arm("bn", pool="batch_time")}

@@ -6,14 +6,14 @@ from normlab.claims.families import (
     ONE_TUNING_SEED,
     TRANSFORMER_RATES,
     char_transformer,
-    norm_arm,
+    norm_arms,
     sst2_transformer,
 )
 from normlab.claims.measurements import Difference, Measurement, probe, result
 
 MARGIN = 0.02
 REASON = "0.02 nats, as in e1_ln_better_in_transformer, whose gap this is to explain"
-ARMS = {name: norm_arm(name) for name in ("ln", "bn", "bn_step")}
+ARMS = norm_arms("ln", "bn", "bn_step")
 STORED, BATCH = (probe("discrepancy", f"loss_nats_{which}") for which in ("stored", "batch"))
 RUNNING, REESTIMATED = result("test_running_loss_nats", "test_loss_nats"), result("test_loss_nats")
 

@@ -1,12 +1,12 @@
 """E3: LN puts embeddings on a sphere, with mean 0 and variance 1."""
 
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.families import FIVE_SEEDS, ONE_TUNING_SEED, TRANSFORMER_RATES, char_transformer, norm_arm
+from normlab.claims.families import FIVE_SEEDS, ONE_TUNING_SEED, TRANSFORMER_RATES, char_transformer, norm_arms
 from normlab.claims.measurements import Measurement, probe
 
 MARGIN = 0.1
 REASON = "a tenth of the radius: closer to the sphere than this counts as on it"
-ARMS = {name: norm_arm(name) for name in ("none", "ln", "bn")}
+ARMS = norm_arms("none", "ln", "bn")
 SITES = ("attention", "ffn")
 
 

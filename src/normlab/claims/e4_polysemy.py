@@ -1,7 +1,7 @@
 """E4: LN constrains how far the senses of one word spread."""
 
 from normlab.claims.base import Claim, Comparison, Setting
-from normlab.claims.families import FIVE_SEEDS, ONE_TUNING_SEED, WORD_TRANSFORMER, norm_arm
+from normlab.claims.families import FIVE_SEEDS, ONE_TUNING_SEED, WORD_TRANSFORMER, norm_arms
 from normlab.claims.measurements import Measurement, Probed, probe, result
 
 MARGIN = 0.05
@@ -18,13 +18,7 @@ CLAIM = Claim(
     sentence="Layer normalization constrains how far the senses of one word spread.",
     source="the note, Transformers; senses: Word-in-Context (Pilehvar & Camacho-Collados 2019, arXiv 1808.09121)",
     kind="measured",
-    settings={
-        "word_transformer": Setting(
-            WORD_TRANSFORMER,
-            {"none": norm_arm("none"), "ln": norm_arm("ln"), "bn": norm_arm("bn")},
-            (1e-3, 3e-3, 1e-2),
-        )
-    },
+    settings={"word_transformer": Setting(WORD_TRANSFORMER, norm_arms("none", "ln", "bn"), (1e-3, 3e-3, 1e-2))},
     # At what enters the head ("output"), in mean distances between random tokens of the same model.
     measurements=(
         Measurement("distance_different.output", "scale", True, senses("distance_different.output")),

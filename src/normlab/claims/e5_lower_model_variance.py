@@ -9,7 +9,7 @@ from normlab.claims.families import (
     TRANSFORMER_RATES,
     VERDICT_SEEDS,
     char_transformer,
-    norm_arm,
+    norm_arms,
     sst2_transformer,
 )
 from normlab.claims.measurements import Log2, Measurement, across_seeds, result
@@ -17,7 +17,7 @@ from normlab.config import RunConfig
 
 MARGIN = 0.01
 REASON = "half of the 0.02 nats by which losses are told apart in e1: of the two parts of a loss variance is one"
-ARMS = {name: norm_arm(name) for name in ("none", "ln", "bn")}
+ARMS = norm_arms("none", "ln", "bn")
 # Nats by which the predictions of one seed's run are off the common prediction of all seeds of its arm (Heskes 1998):
 # their mean is the variance part of the loss. It depends on how many runs are split: arms have as many, but for those
 # that diverge. Values of seeds are a little alike, having the common prediction in common, so that intervals are about

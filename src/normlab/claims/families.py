@@ -31,6 +31,7 @@ __all__ = [
     "char_mlp",
     "char_transformer",
     "norm_arm",
+    "norm_arms",
     "sst2_transformer",
 ]
 
@@ -155,6 +156,11 @@ WORD_TRANSFORMER: dict[Scale, RunConfig] = {
 def norm_arm(norm: str, **options: Any) -> dict[str, Any]:
     """The arm that has `norm` at all sites that take the model's norm."""
     return {"model": {"norm": norm, "norm_options": options}}
+
+
+def norm_arms(*norms: str) -> dict[str, dict[str, Any]]:
+    """An arm of each norm without options, by its name."""
+    return {norm: norm_arm(norm) for norm in norms}
 
 
 def char_mlp(activation: Literal["relu", "sigmoid"]) -> dict[Scale, RunConfig]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from normlab.claims.base import Claim, Scale
 from normlab.config import InputError, config_hash
 from normlab.records.disk import parse_json, to_json, write_atomically
-from normlab.records.environment import code_commit
+from normlab.records.environment import code_commit, commit_label
 
 __all__ = ["Rule", "read_rule", "rule_now", "rule_path", "rule_sha256", "write_rule"]
 
@@ -56,9 +56,7 @@ def rule_sha256(claim: Claim, scale: Scale) -> str:
 
 
 def rule_now(claim: Claim, scale: Scale, verdict_runs_before: int) -> Rule:
-    git = code_commit()
-    commit = (git["commit"] or "") + ("+" if git["dirty"] else "")
-    return Rule(commit, rule_sha256(claim, scale), verdict_runs_before)
+    return Rule(commit_label(code_commit()), rule_sha256(claim, scale), verdict_runs_before)
 
 
 def write_rule(path: Path, rule: Rule) -> None:

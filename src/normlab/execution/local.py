@@ -19,7 +19,7 @@ from pathlib import Path
 
 from normlab.execution.jobs import Job, write_job
 
-__all__ = ["Ended", "LocalWorkers", "available_cores"]
+__all__ = ["Ended", "LocalWorkers"]
 
 WORKER = ("-m", "normlab.execution.worker")
 STOP_SECONDS = 60.0
@@ -52,11 +52,6 @@ class _Worker:
     job: Job
     process: BaseProcess
     log: Path
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class LocalWorkers:

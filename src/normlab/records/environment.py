@@ -6,13 +6,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-__all__ = ["code_commit", "collect_environment", "program"]
+__all__ = ["available_cores", "code_commit", "collect_environment", "commit_label", "program"]
 
 PACKAGES = ("normlab", "torch", "pytorch-lightning", "numpy", "wandb", "datasets", "tokenizers", "transformers")
 
@@ -23,7 +23,7 @@ def collect_environment(devices: Sequence[str] = ()) -> dict[str, Any]:
     Args:
         devices: names of the accelerators in use, such as "NVIDIA H200"; none on a CPU.
     """
-    cores, memory_gib = _cores(), _memory_gib()
+    cores, memory_gib = available_cores(), _memory_gib()
     machine = ", ".join(devices) or f"{cores}-core {platform.machine()}, {memory_gib:.0f} GiB"
     return {
         "machine": machine,
@@ -66,7 +66,7 @@ def _command(argv: Sequence[str]) -> list[str]:
     return [program, *(argument.replace(home, "~") for argument in argv[1:])]
 
 
-def _cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -88,6 +88,11 @@ def code_commit() -> dict[str, Any]:
     """Commit of the normlab in use and whether its files differ from it, when first asked in this process; None where
     git does not know them."""
     return dict(_git(Path(__file__).parent))
+
+
+def commit_label(git: Mapping[str, Any]) -> str:
+    """The commit in what `code_commit` says; "+" after it if files differed from it, empty if unknown."""
+    return (git.get("commit") or "") + ("+" if git.get("dirty") else "")
 
 
 @cache

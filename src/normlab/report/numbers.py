@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from normlab.claims.figure_tables import mean_and_std
 from normlab.stats.verdicts import Verdict
 
-__all__ = ["as_measured", "decimals", "fixed", "interval", "mean_std", "plain", "probability", "signed", "time"]
+__all__ = ["as_measured", "decimals", "fixed", "interval", "mean_std", "plain", "probability", "signed"]
 
 MINUS, NO_BREAK = "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 MOST_DIGITS = 6
@@ -74,10 +74,3 @@ def mean_std(values: Sequence[float]) -> str:
 def probability(p: float) -> str:
     """Such as "0.012", or "<0.0001"."""
     return "<0.0001" if p < 1e-4 else f"{p:.2g}"
-
-
-def time(seconds: float) -> str:
-    """Such as 45 s, 12 min or 3.4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from normlab.claims.base import TUNING
 from normlab.claims.figures import ByX, Curves
 from normlab.claims.rows import Row
+from normlab.execution.durations import duration
+from normlab.records.checks import ExactCheck
 from normlab.report.judged import Argument, Exact, Measured, Shown
-from normlab.report.numbers import interval, mean_std, plain, probability, time
+from normlab.report.numbers import interval, mean_std, plain, probability
 from normlab.report.sentences import (
     changes,
     label,
@@ -191,19 +193,15 @@ def _how(argument: Argument) -> list[str]:
 
 
 def _exact_part(exact: Exact) -> Part:
-    rows = [
-        (check.name, check.statement, plain(check.value), check.bound, "holds" if check.holds else "broken")
-        for check in exact.checks
-    ]
-    rows += [(name, "", "", "", "not yet run") for name in exact.missing]
+    def rows(checks: Sequence[ExactCheck], holds: str, broken: str) -> list[tuple[str, ...]]:
+        return [(c.name, c.statement, plain(c.value), c.bound, holds if c.holds else broken) for c in checks]
+
     header = ("check", "statement", "value", "bound", "result")
-    tables = [Table("What was computed", header, rows)]
+    missing = [(name, "", "", "", "not yet run") for name in exact.missing]
+    tables = [Table("What was computed", header, rows(exact.checks, "holds", "broken") + missing)]
     if exact.limits:
-        rows = [
-            (check.name, check.statement, plain(check.value), check.bound, "so it is" if check.holds else "not so")
-            for check in exact.limits
-        ]
-        tables.append(Table("Where it ends", header, rows, note="These decide nothing."))
+        limits = rows(exact.limits, "so it is", "not so")
+        tables.append(Table("Where it ends", header, limits, note="These decide nothing."))
     suffix = (
         "a check that does not keep its bound" if exact.verdict == "supported" else "all checks within their bounds"
     )
@@ -325,7 +323,7 @@ def _runs(part: Measured) -> Table:
     for row in part.rows:
         runs.setdefault(row.run_id, row)
     rows = [
-        (row.run_id, row.setting, row.arm, row.phase, f"{row.learning_rate:g}", time(row.seconds))
+        (row.run_id, row.setting, row.arm, row.phase, f"{row.learning_rate:g}", duration(row.seconds))
         for row in runs.values()
     ]
     return Table("Runs", ("run", "setting", "arm", "phase", "learning rate", "training"), rows, folded=True)

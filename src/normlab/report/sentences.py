@@ -143,11 +143,10 @@ def _scales_left(argument: Argument) -> list[str]:
 
 def rates_at_an_end(part: Measured) -> list[tuple[str, str, float]]:
     """Setting, arm and rate where the best rate of a sweep is its first or last."""
-    sweeps = {name: setting.learning_rates for name, setting in part.claim.settings.items()}
     return [
         (setting, arm, rate)
         for (setting, arm), rate in part.claim.choose_rates(part.rows).items()
-        if len(sweeps[setting]) > 1 and rate in (sweeps[setting][0], sweeps[setting][-1])
+        if part.claim.settings[setting].is_end_of_sweep(rate)
     ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from normlab.claims import available_claims, load_claim, select_claims
 from normlab.claims.base import SCALES, Scale
 from normlab.config import InputError, OutputConfig
-from normlab.execution.local import available_cores
+from normlab.records.environment import available_cores
 from normlab.study.plan import Study
 from normlab.study.running import run_study
 from normlab.study.showing import list_claims, print_plan, study_console

@@ -22,6 +22,7 @@ from normlab.config import DataConfig, InputError, OutputConfig, config_hash, ru
 from normlab.data.corpora import require_corpus
 from normlab.execution.durations import Durations
 from normlab.execution.jobs import Job
+from normlab.records.environment import commit_label
 from normlab.records.record import RunRecord
 
 __all__ = ["ClaimState", "Study"]
@@ -48,6 +49,12 @@ class ClaimState:
     @property
     def missing(self) -> list[PlannedRun]:
         return [*self.ready, *self.waiting]
+
+    @property
+    def tuned(self) -> list[PlannedRun]:
+        """Verdict runs of the arms that have a rate, each by itself."""
+        runs = [run for run in self.runs if run.phase == "verdict" and not run.seeds]
+        return [run for run in runs if (run.setting, run.arm) in self.rates]
 
 
 @dataclass
@@ -136,10 +143,8 @@ class Study:
     def rows(self, state: ClaimState) -> list[Row]:
         """All rows there are, in the order of the plan: from records, and from the table for runs without one."""
         tuning = [run for run in state.runs if run.phase == "tuning"]
-        tuned = [run for run in state.runs if run.phase == "verdict" and (run.setting, run.arm) in state.rates]
-        verdict = [run for run in tuned if not run.seeds]
         claim = state.claim
-        return [*self._rows(claim, tuning, (TUNING,)), *self._rows(claim, verdict, claim.measurements)]
+        return [*self._rows(claim, tuning, (TUNING,)), *self._rows(claim, state.tuned, claim.measurements)]
 
     def fix_rules(self) -> None:
         """Write down the rule of each argument whose table has no verdict run yet, so that later changes are seen."""
@@ -159,11 +164,7 @@ class Study:
             return
         table = self.table(state.claim)
         write_rows(table, rows)
-        found = {
-            (run.setting, run.arm, run.config.seed): self._record(state.claim, run)
-            for run in state.runs
-            if run.phase == "verdict" and not run.seeds and (run.setting, run.arm) in state.rates
-        }
+        found = {(run.setting, run.arm, run.config.seed): self._record(state.claim, run) for run in state.tuned}
         records = {where: record for where, record in found.items() if record is not None}
         # Rows of a table whose records are elsewhere have their figures from there.
         if {(row.setting, row.arm, row.seed) for row in rows if row.phase == "verdict"} <= set(records):
@@ -265,8 +266,6 @@ class Study:
 
 def _row(run: PlannedRun, measurement: Measurement, record: RunRecord, value: float) -> Row:
     outcome, environment = record.outcome(), record.environment()
-    git = environment.get("git", {})
-    commit = (git.get("commit") or "") + ("+" if git.get("dirty") else "")
     return Row(
         setting=run.setting,
         arm=run.arm,
@@ -278,7 +277,7 @@ def _row(run: PlannedRun, measurement: Measurement, record: RunRecord, value: fl
         diverged=outcome.state == "diverged",
         run_id=run.id,
         config_hash=config_hash(run.config),
-        commit=commit,
+        commit=commit_label(environment.get("git", {})),
         machine=str(environment.get("machine", "")),
         seconds=round(outcome.seconds, 3),
     )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from normlab.claims.base import Claim
 from normlab.config import InputError
+from normlab.execution.durations import duration
 from normlab.execution.jobs import Job
 from normlab.execution.local import Ended
 from normlab.records.disk import parse_json
@@ -83,15 +84,6 @@ def summary(study: Study, state: ClaimState) -> str:
     return f"{where}: {verdict.kind}: {verdict.why}; rates: {_rates(state)}; {study.table(claim)}"
 
 
-def duration(seconds: float | None) -> str:
-    """Such as 45 s, 12 min or 3.4 h; ? if unknown."""
-    if seconds is None:
-        return "?"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
 class Display:
     """Runs done of all, time left, losses of those under way; without a terminal, a line per ended run."""
 
@@ -144,8 +136,7 @@ def _rates(state: ClaimState) -> str:
     """The chosen rates; one at the end of its sweep may not be the best there is."""
     parts = []
     for (setting, arm), rate in state.rates.items():
-        sweep = state.claim.settings[setting].learning_rates
-        edge = " (end of the sweep)" if len(sweep) > 1 and rate in (sweep[0], sweep[-1]) else ""
+        edge = " (end of the sweep)" if state.claim.settings[setting].is_end_of_sweep(rate) else ""
         parts.append(f"{arm} {rate:g}{edge}")
     return ", ".join(parts)
 
