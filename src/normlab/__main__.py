@@ -156,7 +156,8 @@ def _watch(arguments: list[str]) -> int:
 
         program = Path(sys.executable).with_name("wandb")
         os.execv(program, [str(program), "leet", str(runs_dir / "wandb")])
-    watch_status(runs_dir, Wanted(), every=2.0)
+    hint = "curves: W&B mirrors not all of these runs; a study has it with --wandb offline (make study: in ARGS)"
+    watch_status(runs_dir, Wanted(), every=2.0, hint=hint)
     return 0
 
 

@@ -87,8 +87,11 @@ def show_status(runs_dir: Path, wanted: Wanted, console: Console | None = None) 
     console.print(status_view(runs_dir, statuses, studies, wanted, console), highlight=False, markup=False)
 
 
-def watch_status(runs_dir: Path, wanted: Wanted, every: float, console: Console | None = None) -> None:
+def watch_status(runs_dir: Path, wanted: Wanted, every: float, hint: str = "", console: Console | None = None) -> None:
     """Show the table until Ctrl-C, as it is every so many seconds.
+
+    Args:
+        hint: a line to stand below it.
 
     Raises:
         InputError: there is no terminal, or `every` is too small.
@@ -104,8 +107,9 @@ def watch_status(runs_dir: Path, wanted: Wanted, every: float, console: Console 
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
                 statuses, studies = folder.look()
-                view = status_view(runs_dir, statuses, studies, wanted, console, console.height)
-                live.update(view, refresh=True)
+                height = console.height - 2 * bool(hint)
+                view = status_view(runs_dir, statuses, studies, wanted, console, height)
+                live.update(Group(view, "", Text(hint, "dim")) if hint else view, refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
         pass
