@@ -300,6 +300,7 @@ def test_studies_are_known_while_they_live(tiny_run: Build, tmp_path: Path):
     statuses, (study,) = RunsFolder(runs).look()
     assert (study.done, study.total, study.waiting) == (3, 9, [waits, failed])
     assert {one.id: one.state for one in statuses} == {"waits": "waiting", "works": "running", "failed": "failed"}
+    assert [one.id for one in statuses] == ["waits", "failed", "works"], "in the order of the study"
     text = printed(runs)
     assert "study d2 (small) 3/9 runs, about 10 min left, until " in text
     assert "2 wait for what others find" in text

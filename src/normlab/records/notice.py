@@ -114,8 +114,8 @@ def studies_under_way(runs_dir: Path) -> list[StudyNotice]:
 
 
 def _notice(values: dict[str, Any]) -> StudyNotice:
-    jobs = {name: [PlannedJob(**job) for job in values.pop(name)] for name in ("under_way", "waiting")}
-    return StudyNotice(**values, **jobs)
+    jobs = {name: [PlannedJob(**job) for job in values[name]] for name in ("under_way", "waiting")}
+    return StudyNotice(**{**values, **jobs})
 
 
 def _boards(runs_dir: Path) -> Path:

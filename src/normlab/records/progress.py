@@ -160,20 +160,20 @@ class RunsFolder:
         self._grew: dict[str, float] = {}
 
     def look(self) -> tuple[list[RunStatus], list[StudyNotice]]:
-        """All runs, by id, and all studies under way.
+        """All runs: those with a record by id, then others in the order of their study; and all studies under way.
 
         Raises:
             InputError: the folder cannot be read.
         """
         # First the plans, then the records: what was planned may have begun since, not the other way round.
         studies = studies_under_way(self.runs_dir)
-        statuses = {status.id: status for status in self._records()}
+        statuses = {status.id: status for status in sorted(self._records(), key=lambda status: status.id)}
         for study in studies:
             for job in study.waiting:
                 statuses[job.id] = _waiting(job, statuses.get(job.id))
             for job in study.under_way:
                 statuses[job.id] = _under_way(job, statuses.get(job.id))
-        return [statuses[id_] for id_ in sorted(statuses)], studies
+        return list(statuses.values()), studies
 
     def _records(self) -> Iterator[RunStatus]:
         try:

@@ -27,6 +27,8 @@ __all__ = ["Sort", "Wanted", "are_mirrored", "show_json", "show_status", "status
 Sort = Literal["state", "run", "loss", "time"]
 COLOURS = {"running": "green", "waiting": "blue", "finished": "", "diverged": "magenta", "interrupted": "yellow"}
 PROBLEM = "red"
+WIDE = 100
+"""Characters of a terminal that has room for all columns."""
 BAR_WIDTH = 12
 LOSSES = ("train", "valid", "test")
 MOST_IN_TERMINAL = 50
@@ -72,7 +74,8 @@ class Wanted:
         states = self.states or [state for state in STATES if state != "archived"]
         chosen = [one for one in statuses if one.state in states and one.claim.startswith(self.claim)]
         keys: dict[Sort, Callable[[RunStatus], object]] = {
-            "state": lambda one: (STATES.index(one.state), one.state in ("diverged", "finished") and _age(one), one.id),
+            # Of those that wait the first stay first.
+            "state": lambda one: (STATES.index(one.state), one.state in ("diverged", "finished") and _age(one)),
             "run": lambda one: one.id,
             "loss": lambda one: (one.losses_nats.get("valid", float("inf")), one.id),
             "time": lambda one: (_age(one), one.id),
@@ -171,7 +174,7 @@ def status_view(
 
 def _counts(runs_dir: Path, statuses: Sequence[RunStatus]) -> Text:
     counts = Counter(one.state for one in statuses)
-    line = Text(f"{runs_dir}  ", "bold")
+    line = Text(f"{runs_dir}  ", "bold", no_wrap=True, overflow="ellipsis")
     for state in STATES:
         if counts[state]:
             line.append(f"{counts[state]} {state}  ", _colour(state))
@@ -191,33 +194,37 @@ def _study(study: StudyNotice, console: Console) -> RenderableType:
     if study.later:
         said += f"; {study.later} wait for what others find"
     line = Table.grid(padding=(0, 1))
-    parts = [Text(f"study {names} ({study.scale})", "bold"), Text(said)]
+    parts: list[RenderableType] = [Text(f"study {names} ({study.scale})", "bold")]
     if console.color_system:
-        parts.insert(1, ProgressBar(study.total, study.done, width=2 * BAR_WIDTH))  # pyright: ignore[reportArgumentType]
-    line.add_row(*parts)
+        width = 2 * BAR_WIDTH if console.width >= WIDE else BAR_WIDTH
+        parts.append(ProgressBar(study.total, study.done, width=width))
+    line.add_row(*parts, Text(said, no_wrap=True, overflow="ellipsis"))
     return line
 
 
 def _columns(statuses: Sequence[RunStatus], console: Console) -> list[_Column]:
     """Those that there is something to say in, and room for."""
-    is_wide = not console.is_terminal or console.width >= 90
+    is_wide = not console.is_terminal or console.width >= WIDE
     columns = [
         _Column("state", lambda one: Text(one.state, _colour(one.state))),
         _Column("run", lambda one: Text(one.id), gives_way=True),
     ]
-    if any(one.claim for one in statuses):
+    if is_wide and any(one.claim for one in statuses):
         columns.append(_Column("claim", lambda one: Text(one.claim.partition("_")[0])))
     columns.append(
         _Column("rate", lambda one: Text("" if math.isnan(one.learning_rate) else f"{one.learning_rate:g}"), "right")
     )
-    if console.color_system and console.width >= 100:
+    if is_wide and console.color_system:
         columns.append(_Column("", _bar))
     columns.append(_Column("step", lambda one: Text(f"{one.step}/{one.steps}" if one.steps else ""), "right"))
     for split in LOSSES if is_wide else ("valid",):
         columns.append(_Column(f"{split} nats", lambda one, split=split: _loss(one, split), "right"))
     columns.append(_Column("left", lambda one: _duration(one.seconds_left), "right"))
-    columns.append(_Column("last", lambda one: _duration(one.silent_seconds), "right"))
-    columns.append(_Column("note", lambda one: Text("" if _is_explained(one, console) else one.note), gives_way=True))
+    if is_wide:
+        columns.append(_Column("last", lambda one: _duration(one.silent_seconds), "right"))
+    if any(one.note and not _is_explained(one, console) for one in statuses):
+        note = _Column("note", lambda one: Text("" if _is_explained(one, console) else one.note), gives_way=True)
+        columns.append(note)
     return columns
 
 
