@@ -6,6 +6,7 @@ python scripts/status_picture.py RUNS_DIR      while a study is under way there
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def main(runs_dir: Path) -> None:
     statuses, studies = RunsFolder(runs_dir).look()
     view = status_view(runs_dir, statuses, studies, Wanted(), console, HEIGHT)
     console.print(view, highlight=False, markup=False)
-    # An id that is always the same: the same view is the same file.
-    console.save_svg(str(PICTURE), title="make status", unique_id="status")
+    # An id that is always the same: the same view is the same file. Fonts of the web are left out: it is to look the
+    # same without a network.
+    picture = console.export_svg(title="make status", unique_id="status")
+    PICTURE.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL), encoding="utf-8")
     print(f"{PICTURE}: {PICTURE.stat().st_size / 1024:.0f} kB")
 
 

@@ -24,15 +24,15 @@ from normlab.records.record import RunRecord
 
 __all__ = ["STATES", "Progress", "RunStatus", "RunsFolder", "duration", "progress"]
 
-StatusState = Literal["running", "waiting", "failed", "damaged", "interrupted", "diverged", "finished", "archived"]
+StatusState = Literal["running", "failed", "damaged", "interrupted", "diverged", "finished", "waiting", "archived"]
 STATES: tuple[StatusState, ...] = (
     "running",
     "failed",
     "damaged",
     "interrupted",
-    "waiting",
     "diverged",
     "finished",
+    "waiting",
     "archived",
 )
 """In the order in which they matter to whoever looks."""

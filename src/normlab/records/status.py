@@ -27,8 +27,8 @@ __all__ = ["Sort", "Wanted", "are_mirrored", "show_json", "show_status", "status
 Sort = Literal["state", "run", "loss", "time"]
 COLOURS = {"running": "green", "waiting": "blue", "finished": "", "diverged": "magenta", "interrupted": "yellow"}
 PROBLEM = "red"
-WIDE = 100
-"""Characters of a terminal that has room for all columns."""
+WIDE, WIDEST = 115, 130
+"""Characters of a terminal that has room for all columns, and for bars too."""
 BAR_WIDTH = 12
 LOSSES = ("train", "valid", "test")
 MOST_IN_TERMINAL = 50
@@ -73,14 +73,19 @@ class Wanted:
         """Those wanted, in order; the limit is left to whoever shows them."""
         states = self.states or [state for state in STATES if state != "archived"]
         chosen = [one for one in statuses if one.state in states and one.claim.startswith(self.claim)]
-        keys: dict[Sort, Callable[[RunStatus], object]] = {
-            # Of those that wait the first stay first.
-            "state": lambda one: (STATES.index(one.state), one.state in ("diverged", "finished") and _age(one)),
-            "run": lambda one: one.id,
-            "loss": lambda one: (one.losses_nats.get("valid", float("inf")), one.id),
+        keys: dict[Sort, Callable[[RunStatus], tuple[float | str, ...]]] = {
+            "state": _by_state,
+            "run": lambda one: (one.id,),
+            "loss": lambda one: (one.losses_nats.get("valid", math.inf), one.id),
             "time": lambda one: (_age(one), one.id),
         }
-        return sorted(chosen, key=keys[self.sort])  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return sorted(chosen, key=keys[self.sort])
+
+
+def _by_state(one: RunStatus) -> tuple[float, float]:
+    """What ended well by when it did; of those that wait the first stay first."""
+    has_ended = one.state in ("diverged", "finished")
+    return STATES.index("finished" if has_ended else one.state), _age(one) if has_ended else 0.0
 
 
 def show_status(runs_dir: Path, wanted: Wanted, console: Console | None = None) -> None:
@@ -190,14 +195,15 @@ def _study(study: StudyNotice, console: Console) -> RenderableType:
     left = None if study.seconds_left is None else max(0.0, study.seconds_left - (time.time() - study.written))
     said = f"{study.done}/{study.total} runs"
     if left is not None:
-        said += f", about {duration(left)} left, until {time.strftime('%H:%M', time.localtime(time.time() + left))}"
+        at = time.localtime(time.time() + left)
+        said += f", about {duration(left)} left, until {time.strftime('%H:%M' if left < 43200 else '%a %H:%M', at)}"
     if study.later:
         said += f"; {study.later} wait for what others find"
     line = Table.grid(padding=(0, 1))
     parts: list[RenderableType] = [Text(f"study {names} ({study.scale})", "bold")]
     if console.color_system:
         width = 2 * BAR_WIDTH if console.width >= WIDE else BAR_WIDTH
-        parts.append(ProgressBar(study.total, study.done, width=width))
+        parts.append(ProgressBar(study.total, study.done, width, complete_style="cyan"))
     line.add_row(*parts, Text(said, no_wrap=True, overflow="ellipsis"))
     return line
 
@@ -207,18 +213,19 @@ def _columns(statuses: Sequence[RunStatus], console: Console) -> list[_Column]:
     is_wide = not console.is_terminal or console.width >= WIDE
     columns = [
         _Column("state", lambda one: Text(one.state, _colour(one.state))),
-        _Column("run", lambda one: Text(one.id), gives_way=True),
+        _Column("run", lambda one: Text(one.id), gives_way=not is_wide),
     ]
     if is_wide and any(one.claim for one in statuses):
         columns.append(_Column("claim", lambda one: Text(one.claim.partition("_")[0])))
     columns.append(
         _Column("rate", lambda one: Text("" if math.isnan(one.learning_rate) else f"{one.learning_rate:g}"), "right")
     )
-    if is_wide and console.color_system:
+    if console.color_system and console.width >= WIDEST:
         columns.append(_Column("", _bar))
     columns.append(_Column("step", lambda one: Text(f"{one.step}/{one.steps}" if one.steps else ""), "right"))
     for split in LOSSES if is_wide else ("valid",):
-        columns.append(_Column(f"{split} nats", lambda one, split=split: _loss(one, split), "right"))
+        unit = "" if is_wide and split != LOSSES[-1] else " nats"
+        columns.append(_Column(f"{split}{unit}", lambda one, split=split: _loss(one, split), "right"))
     columns.append(_Column("left", lambda one: _duration(one.seconds_left), "right"))
     if is_wide:
         columns.append(_Column("last", lambda one: _duration(one.silent_seconds), "right"))
@@ -280,4 +287,4 @@ def _colour(state: str) -> str:
 
 
 def _age(one: RunStatus) -> float:
-    return float("inf") if one.silent_seconds is None else one.silent_seconds
+    return math.inf if one.silent_seconds is None else one.silent_seconds
