@@ -7,6 +7,7 @@ is imported, so that a mistake is answered at once (what only transformers knows
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -151,10 +152,8 @@ def _watch(arguments: list[str]) -> int:
     from normlab.records.status import Wanted, are_mirrored, watch_status
 
     statuses, _ = RunsFolder(runs_dir).look()
-    if are_mirrored(statuses) and (runs_dir / "wandb").is_dir():
-        import os
-
-        program = Path(sys.executable).with_name("wandb")
+    program = Path(sys.executable).with_name("wandb")
+    if are_mirrored(statuses) and (runs_dir / "wandb").is_dir() and program.exists():
         os.execv(program, [str(program), "leet", str(runs_dir / "wandb")])
     hint = "curves: W&B mirrors not all of these runs; a study has it with --wandb offline (make study: in ARGS)"
     watch_status(runs_dir, Wanted(), every=2.0, hint=hint)

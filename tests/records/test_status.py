@@ -252,7 +252,7 @@ def test_wanted_runs_in_the_wanted_order():
         RunStatus("a", "finished", claim="d2_x", losses_nats={"valid": 1.0}, silent_seconds=9.0),
         RunStatus("b", "running", claim="d2_x", losses_nats={"valid": 3.0}, silent_seconds=2.0),
         RunStatus("c", "finished", claim="e1_x", losses_nats={"valid": 2.0}, silent_seconds=1.0),
-        RunStatus("d", "failed"),
+        RunStatus("d", "failed", losses_nats={"valid": float("nan")}),
         RunStatus("e", "archived"),
     ]
 

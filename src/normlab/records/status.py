@@ -76,7 +76,7 @@ class Wanted:
         keys: dict[Sort, Callable[[RunStatus], tuple[float | str, ...]]] = {
             "state": _by_state,
             "run": lambda one: (one.id,),
-            "loss": lambda one: (one.losses_nats.get("valid", math.inf), one.id),
+            "loss": lambda one: (_valid_loss(one), one.id),
             "time": lambda one: (_age(one), one.id),
         }
         return sorted(chosen, key=keys[self.sort])
@@ -86,6 +86,12 @@ def _by_state(one: RunStatus) -> tuple[float, float]:
     """What ended well by when it did; of those that wait the first stay first."""
     has_ended = one.state in ("diverged", "finished")
     return STATES.index("finished" if has_ended else one.state), _age(one) if has_ended else 0.0
+
+
+def _valid_loss(one: RunStatus) -> float:
+    """Infinite if there is none, or it is no number, which cannot be sorted."""
+    loss = one.losses_nats.get("valid", math.inf)
+    return math.inf if math.isnan(loss) else loss
 
 
 def show_status(runs_dir: Path, wanted: Wanted, console: Console | None = None) -> None:
