@@ -292,15 +292,20 @@ def test_a_pipe_is_not_cut_and_a_terminal_is_not_overrun(record: Callable[..., R
 def test_studies_are_known_while_they_live(tiny_run: Build, tmp_path: Path):
     runs = tmp_path / "runs"
     config = tiny_run(output__claim="d2_shared")
-    waits, works = PlannedJob.of("waits", config), PlannedJob.of("works", config)
+    waits, works = PlannedJob.of("waits", config), PlannedJob.of("works", config, "bias_variance of 2 runs together")
+    begins = PlannedJob.of("begins", config)
     failed = PlannedJob.of("failed", config, "killed by SIGKILL", has_failed=True)
-    notice = StudyNotice(["d2_shared"], "small", 3, 9, 600.0, [works], [waits, failed], later=2)
+    notice = StudyNotice(["d2_shared"], "small", 3, 9, 600.0, [begins, works], [waits, failed], later=2)
     board = NoticeBoard(runs)
     board.put(notice)
     statuses, (study,) = RunsFolder(runs).look()
     assert (study.done, study.total, study.waiting) == (3, 9, [waits, failed])
-    assert {one.id: one.state for one in statuses} == {"waits": "waiting", "works": "running", "failed": "failed"}
-    assert [one.id for one in statuses] == ["waits", "failed", "works"], "in the order of the study"
+    assert [(one.id, one.state, one.note) for one in statuses] == [
+        ("begins", "waiting", "queued or starting"),
+        ("works", "running", "bias_variance of 2 runs together"),
+        ("waits", "waiting", ""),
+        ("failed", "failed", "killed by SIGKILL"),
+    ]
     text = printed(runs)
     assert "study d2 (small) 3/9 runs, about 10 min left, until " in text
     assert "2 wait for what others find" in text

@@ -12,6 +12,7 @@ from normlab.records.notice import StudyNotice
 from normlab.records.progress import RunsFolder, RunStatus
 
 pytestmark = pytest.mark.slow
+NOTES = ("", "queued or starting", "starting", "measuring", "bias_variance of 2 runs together", "its probes wait")
 ORDER = ("waiting", "running", "finished")
 
 
@@ -39,7 +40,7 @@ def test_nothing_impossible_is_shown(bench: Bench):
             states = seen.setdefault(status.id, [])
             if not states or states[-1] != status.state:
                 states.append(status.state)
-            assert status.note in ("", "starting", "measuring", "bias_variance of 2 runs together", "its probes wait")
+            assert status.note in NOTES
             assert status.state != "finished" or status.losses_nats.keys() == {"valid", "test"}
             assert status.steps == 200
     runs = {id_: states for id_, states in seen.items() if "-seeds-" not in id_}

@@ -60,8 +60,8 @@ class StudyNotice:
         claims: the arguments that it is for.
         done: runs done, of `total`.
         seconds_left: about, when this was written; None if unknown.
-        under_way: given to a worker.
-        waiting: for a worker.
+        under_way: given away, to a worker or a queue.
+        waiting: not given away yet.
         later: runs whose rate the ones before them decide.
         written: seconds since the epoch; filled in by `NoticeBoard.put`.
     """

@@ -168,11 +168,10 @@ class RunsFolder:
         # First the plans, then the records: what was planned may have begun since, not the other way round.
         studies = studies_under_way(self.runs_dir)
         statuses = {status.id: status for status in sorted(self._records(), key=lambda status: status.id)}
-        for study in studies:
-            for job in study.waiting:
-                statuses[job.id] = _waiting(job, statuses.get(job.id))
-            for job in study.under_way:
-                statuses[job.id] = _under_way(job, statuses.get(job.id))
+        for job in (job for study in studies for job in study.under_way):
+            statuses[job.id] = _under_way(job, statuses.get(job.id))
+        for job in (job for study in studies for job in study.waiting):
+            statuses[job.id] = _waiting(job, statuses.get(job.id))
         return list(statuses.values()), studies
 
     def _records(self) -> Iterator[RunStatus]:
@@ -329,26 +328,24 @@ def _archived(folder: Path, state: StatusState) -> StatusState:
     return "archived" if re.search(r"\.\d+$", folder.name) else state
 
 
+def _under_way(job: PlannedJob, record: RunStatus | None) -> RunStatus:
+    """A job that its study has given away: it is in a queue, or begins, trains or measures."""
+    if record is None and job.note:
+        return replace(_of_plan(job), state="running", note=job.note)  # what measures runs together has no record
+    if record is None or record.state in ("waiting", "interrupted", "failed"):
+        return replace(record or _of_plan(job), state="waiting", note="queued or starting")
+    return replace(record, state="running", note="measuring") if record.state == "finished" else record
+
+
 def _waiting(job: PlannedJob, record: RunStatus | None) -> RunStatus:
-    """A job that waits in a study, which may have a record of an earlier try or be another study's by now."""
+    """A job that waits in a study, which may have a record of an earlier try or be in the hands of another by now."""
     if record is None:
         return replace(_of_plan(job), state="failed" if job.has_failed else "waiting", note=job.note)
-    if record.state == "interrupted" and not job.has_failed:
+    if record.state == "interrupted":
+        if job.has_failed:
+            return replace(record, state="failed", note=job.note)
         return replace(record, state="waiting", note="to go on from its last checkpoint")
-    if record.state == "finished":
-        return replace(record, note=job.note or "its probes wait")
-    return replace(record, state="failed", note=job.note) if record.state == "interrupted" else record
-
-
-def _under_way(job: PlannedJob, record: RunStatus | None) -> RunStatus:
-    """A job that a worker has, which begins, trains or measures."""
-    if record is None:
-        return replace(_of_plan(job), state="running", note=job.note or "starting")
-    if record.state == "finished":
-        return replace(record, state="running", note="measuring")
-    if record.state in ("waiting", "interrupted", "failed"):
-        return replace(record, state="running", note="starting")
-    return record
+    return replace(record, note=job.note or "its probes wait") if record.state == "finished" else record
 
 
 def _of_plan(job: PlannedJob) -> RunStatus:

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from normlab.claims.base import Claim
 from normlab.config import InputError
+from normlab.execution.engine import Ended
 from normlab.execution.jobs import Job
-from normlab.execution.local import Ended
 from normlab.records.notice import NoticeBoard, PlannedJob, StudyNotice
 from normlab.records.progress import duration, progress
 from normlab.study.plan import ClaimState, Study
