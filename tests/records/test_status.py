@@ -322,6 +322,39 @@ def test_studies_are_known_while_they_live(tiny_run: Build, tmp_path: Path):
     assert RunsFolder(runs).look() == ([], [])
 
 
+@pytest.mark.parametrize(
+    ("outcome", "is_under_way", "reason", "state", "note"),
+    [
+        (Outcome("interrupted", "SIGTERM", 4), False, "", "waiting", "to go on from its last checkpoint"),
+        (Outcome("interrupted", "SIGTERM", 4), False, "out of memory?", "failed", "out of memory?"),
+        (Outcome("interrupted", "SIGTERM", 4), True, "", "waiting", "queued or starting"),
+        (Outcome("failed", "OSError: full", 4), False, "other words", "failed", "OSError: full"),
+        (Outcome("failed", "OSError: full", 4), True, "", "waiting", "queued or starting"),
+        (Outcome("finished", "", 10, 10.0, LOSSES), False, "", "finished", "its probes wait"),
+        (Outcome("finished", "", 10, 10.0, LOSSES), True, "", "running", "measuring"),
+        (None, False, "", "running", ""),  # in the hands of another study
+        (None, True, "", "running", ""),
+    ],
+)
+def test_what_a_study_knows_of_a_record(
+    record: Callable[..., RunRecord], outcome: Outcome | None, is_under_way: bool, reason: str, state: str, note: str
+):
+    run = record(4)
+    if outcome is not None:
+        run.finish(outcome)
+    job = [PlannedJob.of(run.id, run.config, reason, bool(reason))]
+    board = NoticeBoard(run.folder.parent)
+    board.put(
+        StudyNotice(
+            ["d2"], "small", 0, 1, None, under_way=job if is_under_way else [], waiting=[] if is_under_way else job
+        )
+    )
+    status = look(run)
+    assert (status.state, status.note) == (state, note)
+    assert status.step == (10 if outcome is not None and outcome.state == "finished" else 4), "of its record"
+    board.close()
+
+
 def test_json_for_machines(record: Callable[..., RunRecord], capfd: pytest.CaptureFixture[str]):
     run = record(2)
     run.log(3, 3.0, {"train_loss_nats": float("nan")})
