@@ -7,14 +7,15 @@ Shape suffixes: B batch, T time, F features.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normlab.norms import fused
-from normlab.norms.moments import Prefix, first_entry, moments, prefix_moments
+from normlab.norms import fused, kernels
+from normlab.norms.moments import Prefix, first_entry, moments, prefix_moments, zero_padding
 
 __all__ = ["by_last_dimension", "by_prefix"]
 
@@ -74,7 +75,7 @@ def by_prefix(
     """(x - mean) / sqrt(var + eps) * weight + bias with the `prefix_moments` of each row and feature.
 
     Args:
-        x_BTF: in the precision of statistics, 0 at padding.
+        x_BTF: in the precision of statistics; anything at padding.
         weight: F, as `bias`; None = without.
 
     Returns:
@@ -82,9 +83,23 @@ def by_prefix(
     """
     if carry is not None or not fused.applies():
         return _by_prefix(x_BTF, mask_BT, carry, weight, bias, eps)
-    found: Any = _ByPrefix.apply(x_BTF, weight, bias, mask_BT, eps)
+    # One column is what a recurrence begins with; the ones after it bring a carry.
+    on_kernels = x_BTF.device.type == "cpu" and x_BTF.numel() > 0 and x_BTF.shape[1] > 1
+    library = _library((x_BTF, weight, bias)) if on_kernels else None
+    if library is None:
+        found: Any = _ByPrefix.apply(zero_padding(x_BTF, mask_BT), weight, bias, mask_BT, eps)
+    else:
+        found = _ByPrefixOnKernels.apply(x_BTF, weight, bias, mask_BT, eps, library)
     y, *after = found
     return y, Prefix(*after)
+
+
+def _library(inputs: tuple[Tensor | None, ...]) -> ctypes.CDLL | None:
+    """The kernels in the precision of the first of `inputs`; built only where one of them wants a gradient."""
+    x, *_ = inputs
+    assert x is not None
+    gradient = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+    return (kernels.PREFIX.load if gradient else kernels.PREFIX.find)(x.dtype)
 
 
 def _by_prefix(
@@ -95,6 +110,7 @@ def _by_prefix(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Prefix]:
+    x = zero_padding(x, mask_BT)
     (mean, var, _), after = prefix_moments(x, mask_BT, False, carry)
     return fused.rescale(x, mean, torch.rsqrt(var + eps), weight, bias), after
 
@@ -141,12 +157,7 @@ class _ByPrefix(torch.autograd.Function):
         x, weight, bias, mask_BT, keep, pivot, divisor, shift, scale, beyond = ctx.saved_tensors
         g, _, d_mean, d_square = grads
         if torch.is_grad_enabled():
-
-            def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-                y, (_, mean, square) = _by_prefix(x, mask_BT, None, weight, bias, ctx.eps)
-                return y, mean, square
-
-            return (*_gradients_of(plain, ctx, (x, weight, bias), (g, d_mean, d_square)), None, None)
+            return (*_by_prefix_twice(ctx, x, weight, bias, mask_BT, (g, d_mean, d_square)), None, None)
         unit = (x - pivot).sub_(shift).mul_(scale)
         sums = fused.RunningSums(x, 2)
         first, second = sums.terms
@@ -166,6 +177,57 @@ class _ByPrefix(torch.autograd.Function):
         if mask_BT is not None:
             first.mul_(keep)
         return d_x.sub_(first), d_weight, d_bias, None, None
+
+
+class _ByPrefixOnKernels(torch.autograd.Function):
+    """The same in C, in one pass over time each way; what stands at padding is not read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask_BT: Tensor | None,
+        eps: float,
+        library: ctypes.CDLL,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, mean, square = kernels.by_prefix(library, x, mask_BT, weight, bias, eps)
+        rows, steps, _ = x.shape
+        count = x.new_full((rows, 1, 1), steps) if mask_BT is None else mask_BT.sum(1).to(x.dtype).view(-1, 1, 1)
+        ctx.save_for_backward(x, weight, bias, mask_BT)
+        ctx.eps, ctx.library = eps, library
+        ctx.mark_non_differentiable(count)
+        return y, count, mean, square
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias, mask_BT = ctx.saved_tensors
+        g, _, d_mean, d_square = grads
+        if torch.is_grad_enabled():
+            found = _by_prefix_twice(ctx, x, weight, bias, mask_BT, (g, d_mean, d_square))
+        else:
+            found = kernels.by_prefix_backward(
+                ctx.library, x, mask_BT, weight, bias, ctx.eps, (g, d_mean, d_square)
+            )
+        return *found, None, None, None
+
+
+def _by_prefix_twice(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask_BT: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight and bias, which have derivatives themselves."""
+
+    def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y, (_, mean, square) = _by_prefix(x, mask_BT, None, weight, bias, ctx.eps)
+        return y, mean, square
+
+    return _gradients_of(plain, ctx, (x, weight, bias), grads)
 
 
 def _gradients_of(
