@@ -11,6 +11,7 @@ import pytorch_lightning as pl
 import torch
 
 from normlab.config import RunConfig
+from normlab.machine import c_kernels
 from normlab.recurrence import kernels
 from normlab.training import stopping
 from normlab.training.run import train
@@ -20,8 +21,8 @@ SHORT = "torch operators: a run this short is not worth compiling for"
 
 
 def as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_libraries", {})
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(c_kernels, "_libraries", {})
+    monkeypatch.setattr(c_kernels, "_failed", set())
 
 
 @pytest.fixture(autouse=True)

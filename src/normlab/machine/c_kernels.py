@@ -35,8 +35,8 @@ FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 TIMEOUT_SECONDS = 120
 
 _libraries: dict[tuple[str, torch.dtype], ctypes.CDLL | None] = {}
-"""What this process found or built, by the kernels' name; None: nothing in the cache, or (then in `_failed` too) nothing
-to be built."""
+"""What this process found or built, by the kernels' name; None: nothing in the cache, or (then in `_failed` too)
+nothing to be built."""
 _failed: set[tuple[str, torch.dtype]] = set()
 _reasons: list[str] = []
 """Why kernels are left out, from the outermost `left_out` to the innermost."""
@@ -77,7 +77,7 @@ class Kernels:
         return _libraries[key]
 
     def load(self, dtype: torch.dtype) -> ctypes.CDLL | None:
-        """The kernels, built if need be; None where there is no compiler or it does not succeed, or they are left out."""
+        """The kernels, built if need be; None where there is no compiler, it does not succeed or they are left out."""
         library, key = self.find(dtype), (self.name, dtype)
         if library is not None or _reasons or key in _failed:
             return library
@@ -125,19 +125,22 @@ class Kernels:
                 function.argtypes, function.restype = self.arguments, None
             return library
         if build:
-            log.warning("%s could not build the %s kernels (%s): %s", program, self.name, self.without, failure.strip()[-300:])
+            log.warning(
+                "%s could not build the %s kernels (%s): %s", program, self.name, self.without, failure.strip()[-300:]
+            )
         return None
 
     def _place(self, program: str, flags: tuple[str, ...]) -> Path:
         """Where the shared library of this source, compiler, CPU and `flags` belongs."""
         source = self.source.read_bytes()
-        version = subprocess.run([program, "--version"], capture_output=True, timeout=TIMEOUT_SECONDS, check=True).stdout
+        version = subprocess.run(
+            [program, "--version"], capture_output=True, timeout=TIMEOUT_SECONDS, check=True
+        ).stdout
         # Whether the threads are shared: a torch without GNU's OpenMP gets another library than one with it.
         shares = str(_share_threads()).encode()
         parts = (source, version, program.encode(), " ".join(flags).encode(), cache.processor().encode(), shares)
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         return cache.folder() / f"{self.name.lower()}-{key}.so"
-
 
     def _built(self, program: str, flags: tuple[str, ...], path: Path) -> Path:
         """Build the shared library at `path`, which it returns."""

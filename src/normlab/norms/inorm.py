@@ -42,6 +42,7 @@ class InstanceNorm(Norm):
         self.pool = pool or ("prefix" if causal else "time")
         require_choice("inorm pool", self.pool, ("prefix", "time"))
         self.shares = Shares(time="prefix" if self.pool == "prefix" else "sequence")
+        self.has_kernels = self.pool == "prefix"
 
     @classmethod
     def stepwise_pool(cls, pool: str | None) -> str | None:

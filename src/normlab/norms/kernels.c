@@ -11,7 +11,6 @@ long it is. An output depends on what came before it alone, to the last bit. Loo
 #include <float.h>
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
 
 #ifdef NORMLAB_DOUBLE
 typedef double real;
@@ -37,55 +36,59 @@ typedef struct {
     double eps;
     const uint8_t *mask;         /* rows x steps, or NULL */
     const real *weight, *bias;   /* features, or NULL */
+    const real *count_before, *mean_before, *square_before; /* rows, rows x features: of earlier calls, or NULL */
     tensor x, y;                 /* x may hold anything at padding */
-    real *mean, *square;         /* rows x features: after the last step, the mean and the sum of squared deviations */
+    real *count, *mean, *square; /* as those before, for later calls */
     tensor d_y, d_x;
-    const real *d_mean, *d_square; /* rows x features, or NULL */
+    const real *d_mean, *d_square; /* rows x features */
     real *shift, *scale;         /* threads x steps x BLOCK: scratch of backward */
     real *d_weight, *d_bias;     /* threads x features, 0 at first; or NULL */
 } prefix;
 
-/* Features [first, first + n) of a row, and their sums so far. */
+/* Features [first, first + n) of a row: their sums so far, of `count` entries. */
 typedef struct {
     const uint8_t *keep;
     const real *x;
     int64_t n;
+    sum count;
     real pivot[BLOCK], weight[BLOCK];
     sum of_first[BLOCK], of_second[BLOCK];
 } block;
 
 static inline int kept(const block *b, int64_t t) { return !b->keep || b->keep[t]; }
 
+/* Deviations are from a pivot, the mean so far, else the row's first entry: a mean far from 0 cancels nothing. */
 static void begin(block *b, const prefix *p, int64_t row, int64_t first, int64_t n) {
     b->n = n;
+    b->count = p->count_before ? p->count_before[row] : 0;
     b->keep = p->mask ? p->mask + row * p->steps : 0;
     b->x = p->x.data + row * p->x.row + first;
     int64_t t = 0;
     while (t < p->steps && !kept(b, t)) t++;
     for (int64_t j = 0; j < n; j++) {
-        b->pivot[j] = t < p->steps ? b->x[t * p->x.step + j] : 0;
+        int64_t here = row * p->features + first + j;
         b->weight[j] = p->weight ? p->weight[first + j] : 1;
-        b->of_first[j] = b->of_second[j] = 0;
+        b->of_first[j] = 0;
+        b->of_second[j] = p->square_before ? p->square_before[here] : 0;
+        b->pivot[j] = b->count > 0 ? p->mean_before[here] : t < p->steps ? b->x[t * p->x.step + j] : 0;
     }
 }
 
-/* From the pivot, at padding as if x were 0 there. */
-static inline real deviation(const block *b, const real *x, int is_kept, int64_t j) {
-    return (is_kept ? x[j] : 0) - b->pivot[j];
-}
+static inline sum divisor(const block *b) { return b->count > 0 ? b->count : 1; }
 
 /* Where the sum of squares has left its precision, inf - inf would be NaN; any statistic that large gives 0. */
-static inline real spread(sum second, sum shift, sum inverse, real eps) {
-    real var = (real)(second * inverse - shift * shift);
+static inline sum variance(sum second, sum shift, sum inverse) {
+    sum var = second * inverse - shift * shift;
     var = var > 0 ? var : 0;
-    var = second <= LARGEST ? var : LARGEST;
-    return 1 / root(var + eps);
+    return second <= LARGEST ? var : LARGEST;
 }
 
-/* Statistics up to and including step t, of which `count` are real. */
-static inline void advance(block *b, const real *x, int is_kept, int64_t count, real eps, real *shift, real *scale) {
-    sum inverse = 1 / (sum)(count ? count : 1);
+static inline real inverse_root(real var, double eps) { return 1 / root(var + (real)eps); }
+
+/* Takes in x of one more time step; mean (from the pivot) and 1 / sqrt(var + eps) with it. */
+static inline void advance(block *b, const real *x, int is_kept, double eps, real *shift, real *scale) {
     if (is_kept) {
+        b->count++;
 #pragma omp simd
         for (int64_t j = 0; j < b->n; j++) {
             sum deviation = x[j] - b->pivot[j];
@@ -93,11 +96,12 @@ static inline void advance(block *b, const real *x, int is_kept, int64_t count, 
             b->of_second[j] += deviation * deviation;
         }
     }
+    sum inverse = 1 / divisor(b);
 #pragma omp simd
     for (int64_t j = 0; j < b->n; j++) {
         sum mean = b->of_first[j] * inverse;
         shift[j] = (real)mean;
-        scale[j] = spread(b->of_second[j], mean, inverse, eps);
+        scale[j] = inverse_root((real)variance(b->of_second[j], mean, inverse), eps);
     }
 }
 
@@ -106,28 +110,24 @@ static void forward_block(const prefix *p, int64_t row, int64_t first, int64_t n
     real bias[BLOCK], shift[BLOCK], scale[BLOCK];
     begin(&b, p, row, first, n);
     for (int64_t j = 0; j < n; j++) bias[j] = p->bias ? p->bias[first + j] : 0;
-    int64_t count = 0;
     for (int64_t t = 0; t < p->steps; t++) {
         const real *x = b.x + t * p->x.step;
         real *y = p->y.data + row * p->y.row + t * p->y.step + first;
-        int is_kept = kept(&b, t);
-        count += is_kept;
-        advance(&b, x, is_kept, count, (real)p->eps, shift, scale);
-        if (is_kept) {
+        advance(&b, x, kept(&b, t), p->eps, shift, scale);
+        if (kept(&b, t)) {
 #pragma omp simd
             for (int64_t j = 0; j < n; j++) y[j] = (x[j] - b.pivot[j] - shift[j]) * scale[j] * b.weight[j] + bias[j];
-        } else {
+        } else { /* as if x were 0 */
 #pragma omp simd
             for (int64_t j = 0; j < n; j++) y[j] = (-b.pivot[j] - shift[j]) * scale[j] * b.weight[j] + bias[j];
         }
     }
-    sum divisor = count ? count : 1;
+    sum inverse = 1 / divisor(&b);
+    if (first == 0) p->count[row] = (real)b.count;
     for (int64_t j = 0; j < n; j++) {
-        sum mean = b.of_first[j] / divisor, var = b.of_second[j] / divisor - mean * mean;
-        var = var > 0 ? var : 0;
-        var = b.of_second[j] <= LARGEST ? var : LARGEST;
+        sum mean = b.of_first[j] * inverse;
         p->mean[row * p->features + first + j] = b.pivot[j] + mean;
-        p->square[row * p->features + first + j] = var * count;
+        p->square[row * p->features + first + j] = variance(b.of_second[j], mean, inverse) * b.count;
     }
 }
 
@@ -135,46 +135,41 @@ static void backward_block(const prefix *p, int64_t part, int64_t row, int64_t f
     block b;
     sum later_first[BLOCK], later_second[BLOCK], d_weight[BLOCK], d_bias[BLOCK];
     real *shifts = p->shift + part * p->steps * BLOCK, *scales = p->scale + part * p->steps * BLOCK;
-    real least = 1 / root(LARGEST + (real)p->eps); /* nothing is felt of a variance that was put there */
+    real least = inverse_root(LARGEST, p->eps); /* nothing is felt of a variance that was put there */
     begin(&b, p, row, first, n);
-    int64_t count = 0;
-    for (int64_t t = 0; t < p->steps; t++) {
-        count += kept(&b, t);
-        advance(&b, b.x + t * p->x.step, kept(&b, t), count, (real)p->eps, shifts + t * BLOCK, scales + t * BLOCK);
-    }
+    for (int64_t t = 0; t < p->steps; t++)
+        advance(&b, b.x + t * p->x.step, kept(&b, t), p->eps, shifts + t * BLOCK, scales + t * BLOCK);
     const real *last_shift = shifts + (p->steps - 1) * BLOCK, *last_scale = scales + (p->steps - 1) * BLOCK;
     for (int64_t j = 0; j < n; j++) {
         int64_t here = row * p->features + first + j;
-        int felt = p->d_square && count && last_scale[j] > least;
-        later_second[j] = felt ? -2 * (sum)p->d_square[here] : 0;
-        later_first[j] = -later_second[j] * last_shift[j];
-        if (p->d_mean) later_first[j] -= (sum)p->d_mean[here] / (count ? count : 1);
+        later_second[j] = b.count > 0 && last_scale[j] > least ? -2 * (sum)p->d_square[here] : 0;
+        later_first[j] = -p->d_mean[here] / divisor(&b) - later_second[j] * last_shift[j];
         d_weight[j] = d_bias[j] = 0;
     }
     for (int64_t t = p->steps - 1; t >= 0; t--) {
         const real *x = b.x + t * p->x.step, *d_y = p->d_y.data + row * p->d_y.row + t * p->d_y.step + first;
         const real *shift = shifts + t * BLOCK, *scale = scales + t * BLOCK;
         real *d_x = p->d_x.data + row * p->d_x.row + t * p->d_x.step + first;
-        real inverse = 1 / (real)(count ? count : 1);
-        int is_kept = kept(&b, t);
-        count -= is_kept;
-#define STEP(deviation_of_it, d_x_of_it)                              \
-    _Pragma("omp simd") for (int64_t j = 0; j < n; j++) {             \
-        real deviation = deviation_of_it;                             \
-        real unit = (deviation - shift[j]) * scale[j];                \
-        d_weight[j] += d_y[j] * unit;                                 \
-        d_bias[j] += d_y[j];                                          \
-        real direct = d_y[j] * b.weight[j] * scale[j];                \
-        real second = unit * scale[j] * (direct * inverse);           \
-        second = scale[j] > least ? second : 0;                       \
-        later_first[j] += direct * inverse - second * shift[j];       \
-        later_second[j] += second;                                    \
-        d_x[j] = d_x_of_it;                                           \
+        real inverse = (real)(1 / divisor(&b));
+/* `second` is twice what the sum of squares feels, and both have their sign turned. */
+#define STEP_BACK(the_deviation, the_d_x)                          \
+    _Pragma("omp simd") for (int64_t j = 0; j < n; j++) {          \
+        real deviation = the_deviation;                            \
+        real unit = (deviation - shift[j]) * scale[j];             \
+        real direct = d_y[j] * b.weight[j] * scale[j];             \
+        real second = unit * scale[j] * (direct * inverse);        \
+        second = scale[j] > least ? second : 0;                    \
+        d_weight[j] += d_y[j] * unit;                              \
+        d_bias[j] += d_y[j];                                       \
+        later_first[j] += direct * inverse - second * shift[j];    \
+        later_second[j] += second;                                 \
+        d_x[j] = the_d_x;                                          \
     }
-        if (is_kept) {
-            STEP(x[j] - b.pivot[j], direct - (real)(later_first[j] + deviation * later_second[j]))
+        if (kept(&b, t)) {
+            STEP_BACK(x[j] - b.pivot[j], direct - (real)(later_first[j] + deviation * later_second[j]))
+            b.count--;
         } else {
-            STEP(-b.pivot[j], 0)
+            STEP_BACK(-b.pivot[j], 0)
         }
     }
     for (int64_t j = 0; j < n; j++) {

@@ -81,24 +81,25 @@ def by_prefix(
     Returns:
         y and the carry for the columns to come.
     """
-    if carry is not None or not fused.applies():
-        return _by_prefix(x_BTF, mask_BT, carry, weight, bias, eps)
-    # One column is what a recurrence begins with; the ones after it bring a carry.
-    on_kernels = x_BTF.device.type == "cpu" and x_BTF.numel() > 0 and x_BTF.shape[1] > 1
-    library = _library((x_BTF, weight, bias)) if on_kernels else None
-    if library is None:
-        found: Any = _ByPrefix.apply(zero_padding(x_BTF, mask_BT), weight, bias, mask_BT, eps)
+    library = _library(x_BTF, carry, weight, bias)
+    if library is not None:
+        found: Any = _ByPrefixOnKernels.apply(x_BTF, weight, bias, mask_BT, carry, eps, library)
+    elif carry is None and fused.applies():
+        found = _ByPrefix.apply(zero_padding(x_BTF, mask_BT), weight, bias, mask_BT, eps)
     else:
-        found = _ByPrefixOnKernels.apply(x_BTF, weight, bias, mask_BT, eps, library)
+        return _by_prefix(x_BTF, mask_BT, carry, weight, bias, eps)
     y, *after = found
     return y, Prefix(*after)
 
 
-def _library(inputs: tuple[Tensor | None, ...]) -> ctypes.CDLL | None:
-    """The kernels in the precision of the first of `inputs`; built only where one of them wants a gradient."""
-    x, *_ = inputs
-    assert x is not None
-    gradient = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+def _library(x: Tensor, carry: Prefix | None, weight: Tensor | None, bias: Tensor | None) -> ctypes.CDLL | None:
+    """The kernels where they can serve; built only where a gradient is wanted."""
+    # A recurrence that asks for column after column has the statistics so far in its carry: nothing is left to sum.
+    if x.device.type != "cpu" or x.shape[1] < 2 or not x.numel() or not fused.applies():
+        return None
+    if carry is not None and any(value.requires_grad for value in carry):
+        return None
+    gradient = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias))
     return (kernels.PREFIX.load if gradient else kernels.PREFIX.find)(x.dtype)
 
 
@@ -157,7 +158,7 @@ class _ByPrefix(torch.autograd.Function):
         x, weight, bias, mask_BT, keep, pivot, divisor, shift, scale, beyond = ctx.saved_tensors
         g, _, d_mean, d_square = grads
         if torch.is_grad_enabled():
-            return (*_by_prefix_twice(ctx, x, weight, bias, mask_BT, (g, d_mean, d_square)), None, None)
+            return (*_by_prefix_twice(ctx, (x, weight, bias), mask_BT, None, (g, d_mean, d_square)), None, None)
         unit = (x - pivot).sub_(shift).mul_(scale)
         sums = fused.RunningSums(x, 2)
         first, second = sums.terms
@@ -180,7 +181,7 @@ class _ByPrefix(torch.autograd.Function):
 
 
 class _ByPrefixOnKernels(torch.autograd.Function):
-    """The same in C, in one pass over time each way; what stands at padding is not read."""
+    """The same in C, in one pass over time each way. What is at padding is not read, and `carry` has no gradient."""
 
     @staticmethod
     def forward(
@@ -189,45 +190,48 @@ class _ByPrefixOnKernels(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask_BT: Tensor | None,
+        carry: Prefix | None,
         eps: float,
         library: ctypes.CDLL,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, mean, square = kernels.by_prefix(library, x, mask_BT, weight, bias, eps)
-        rows, steps, _ = x.shape
-        count = x.new_full((rows, 1, 1), steps) if mask_BT is None else mask_BT.sum(1).to(x.dtype).view(-1, 1, 1)
-        ctx.save_for_backward(x, weight, bias, mask_BT)
+    ) -> tuple[Tensor, ...]:
+        y, *after = kernels.PrefixCall(library, x, mask_BT, carry, weight, bias, eps).forward()
+        ctx.save_for_backward(x, weight, bias, mask_BT, *(carry or ()))
         ctx.eps, ctx.library = eps, library
-        ctx.mark_non_differentiable(count)
-        return y, count, mean, square
+        ctx.mark_non_differentiable(after[0])
+        return y, *after
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, weight, bias, mask_BT = ctx.saved_tensors
-        g, _, d_mean, d_square = grads
+        x, weight, bias, mask_BT, *before = ctx.saved_tensors
+        carry = Prefix(*before) if before else None
+        d_y, _, d_mean, d_square = grads
         if torch.is_grad_enabled():
-            found = _by_prefix_twice(ctx, x, weight, bias, mask_BT, (g, d_mean, d_square))
+            found = _by_prefix_twice(ctx, (x, weight, bias), mask_BT, carry, (d_y, d_mean, d_square))
         else:
-            found = kernels.by_prefix_backward(
-                ctx.library, x, mask_BT, weight, bias, ctx.eps, (g, d_mean, d_square)
+            call = kernels.PrefixCall(ctx.library, x, mask_BT, carry, weight, bias, ctx.eps)
+            d_x, d_weight, d_bias = call.backward(d_y, d_mean, d_square)
+            found = (
+                d_x,
+                None if weight is None or d_weight is None else d_weight.to(weight.dtype),
+                None if bias is None or d_bias is None else d_bias.to(bias.dtype),
             )
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 def _by_prefix_twice(
     ctx: Any,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
     mask_BT: Tensor | None,
+    carry: Prefix | None,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight and bias, which have derivatives themselves."""
+    """The gradients of `inputs` (x, weight and bias), which have derivatives themselves."""
 
     def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        y, (_, mean, square) = _by_prefix(x, mask_BT, None, weight, bias, ctx.eps)
+        y, (_, mean, square) = _by_prefix(x, mask_BT, carry, weight, bias, ctx.eps)
         return y, mean, square
 
-    return _gradients_of(plain, ctx, (x, weight, bias), grads)
+    return _gradients_of(plain, ctx, inputs, grads)
 
 
 def _gradients_of(

@@ -37,6 +37,7 @@ from normlab.training.facts import (
     leak_facts,
     leak_warning,
     peak_memory_mib,
+    prefix_facts,
     product_facts,
     recurrence_facts,
     site_facts,
@@ -311,8 +312,13 @@ class _Run:
         recurrence = recurrence_facts(self.module, self.trainer)
         if recurrence:
             environment["recurrence"] = recurrence
-            environment["kernels"] = on_kernels
             self._say("recurrence: {backend} ({reason})".format(**recurrence))
+        running = prefix_facts(self.module, self.trainer)
+        if running:
+            environment["prefix_statistics"] = running
+            self._say(f"statistics over a prefix: {running}")
+        if recurrence or running:
+            environment["kernels"] = on_kernels
         chosen = product_facts(self.trainer)
         if chosen:
             environment["products"] = chosen
