@@ -15,7 +15,7 @@ from normlab.machine.c_kernels import Kernels
 
 __all__ = ["PREFIX", "SAVED_SECONDS", "PrefixCall"]
 
-SAVED_SECONDS = 6e-9
+SAVED_SECONDS = 5e-9
 """Of an entry of B x T x F, forward and backward, over torch operators, with 2 cores of 2024: passes over memory."""
 SMALLEST_PARALLEL = 16384
 """Entries below which a call is not worth waking a second thread for."""
