@@ -209,12 +209,7 @@ class _ByPrefixOnKernels(torch.autograd.Function):
             found = _by_prefix_twice(ctx, (x, weight, bias), mask_BT, carry, (d_y, d_mean, d_square))
         else:
             call = kernels.PrefixCall(ctx.library, x, mask_BT, carry, weight, bias, ctx.eps)
-            d_x, d_weight, d_bias = call.backward(d_y, d_mean, d_square)
-            found = (
-                d_x,
-                None if weight is None or d_weight is None else d_weight.to(weight.dtype),
-                None if bias is None or d_bias is None else d_bias.to(bias.dtype),
-            )
+            found = call.backward(d_y, d_mean, d_square)
         return *found, None, None, None, None
 
 

@@ -31,20 +31,20 @@ def one_engine(module: TextModule, trainer: pl.Trainer, begun_with: bool | None)
     the other one rounds differently, and the numbers would not be those of a run without interruption.
 
     Args:
-        begun_with: what this yielded when the run began; None for a run that begins.
+        begun_with: whether the run began on C kernels; None for a run that begins.
     """
     if trainer.strategy.root_device.type != "cpu":
         yield None
-        return
-    if begun_with is False:
-        with left_out("as this run began"):
-            yield False
         return
     recurrence = recurrence_facts(module, trainer)
     wanted = _wanted(module, trainer, recurrence.get("backend") == "fast")
     # Without a compiler some layers are left to the plain loop: that is another engine too.
     if not wanted and recurrence.get("reason") != LSTM.absence(torch.float32):
         yield None
+        return
+    if begun_with is False:
+        with left_out("as this run began"):
+            yield False
         return
     missing = [kernels for kernels in wanted if kernels.find(torch.float32) is None]
     short = sum(wanted[kernels] for kernels in missing) <= sum(kernels.build_seconds for kernels in missing)

@@ -206,9 +206,10 @@ class _Run:
         """Fit, then evaluate the weights with the best validation loss."""
         # A run that goes on keeps the products and the engine it began with, whatever this machine's are by now.
         begun = self.record.environment() if self.checkpoints.last.exists() else {}
+        begun_with = bool(begun.get("kernels")) if begun else None
         with (
             products.kept(begun.get("products", {}).get("onednn")),
-            one_engine(self.module, self.trainer, begun.get("kernels")) as on_kernels,
+            one_engine(self.module, self.trainer, begun_with) as on_kernels,
         ):
             return self._train(on_kernels)
 
