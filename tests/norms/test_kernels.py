@@ -180,6 +180,7 @@ def test_where_torch_operators_must_serve(calls: list[str]) -> None:
     norm(x[:, :1])
     assert norm(x[:0]).shape == (0, 5, 4)
     assert norm(x.to("meta")).shape == x.shape
+    assert not calls
     carry = norm.normalize(x.clone().requires_grad_())[2]
     calls.clear()
     assert norm.normalize(x, carry=carry)[0].requires_grad

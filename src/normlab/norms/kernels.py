@@ -71,7 +71,7 @@ class PrefixCall:
         bias: Tensor | None,
         eps: float,
     ) -> None:
-        self._library, self._weight, self._bias = library, weight, bias
+        self._library = library
         self._x = x = _features_side_by_side(x_BTF)
         rows, steps, features = x.shape
         self._threads = torch.get_num_threads() if x.numel() >= SMALLEST_PARALLEL else 1
@@ -95,24 +95,21 @@ class PrefixCall:
         return y, count, mean, square
 
     def backward(self, d_y: Tensor, d_mean: Tensor, d_square: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The gradients of x, weight and bias, each in the precision of its own; None for what there is none of."""
+        """The gradients of x, weight and bias; None for what there is none of."""
         told, threads = self._told, self._threads
         d_y, d_mean, d_square = _features_side_by_side(d_y), d_mean.contiguous(), d_square.contiguous()
         d_x = torch.empty_like(self._x)
         block = ctypes.c_int64.in_dll(self._library, "prefix_block").value
         shift, scale = d_x.new_empty(2, threads, told.steps, block)
-        parameters = (self._weight, self._bias)
-        totals = [None if parameter is None else d_x.new_zeros(threads, told.features) for parameter in parameters]
+        d_weight, d_bias = (
+            None if self._given[name] is None else d_x.new_zeros(threads, told.features) for name in ("weight", "bias")
+        )
         told.d_y, told.d_x = _strided(d_y), _strided(d_x)
         told.d_mean, told.d_square = d_mean.data_ptr(), d_square.data_ptr()
         told.shift, told.scale = shift.data_ptr(), scale.data_ptr()
-        told.d_weight, told.d_bias = (None if total is None else total.data_ptr() for total in totals)
+        told.d_weight, told.d_bias = (None if total is None else total.data_ptr() for total in (d_weight, d_bias))
         self._library.prefix_backward(told)
-        d_weight, d_bias = (
-            None if total is None or parameter is None else total.sum(0).to(parameter.dtype)
-            for total, parameter in zip(totals, parameters, strict=True)
-        )
-        return d_x, d_weight, d_bias
+        return d_x, None if d_weight is None else d_weight.sum(0), None if d_bias is None else d_bias.sum(0)
 
 
 def _features_side_by_side(x_BTF: Tensor) -> Tensor:
