@@ -691,10 +691,12 @@ def _deciding(part: Any) -> dict[str, Any]:
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Build a `RunConfig` from nested plain values; unknown fields and wrong types raise `InputError`."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"a config is a mapping of fields, not {values!r:.100}")
     values = dict(values)
     model = values.get("model", {})
     if not isinstance(model, Mapping):
-        raise InputError(f"model must be a mapping of fields, not {model!r}")
+        raise InputError(f"model must be a mapping of fields, not {model!r:.100}")
     name = model.get("name", "lstm")
     require_choice("model", str(name), MODELS)
     built = _build(MODELS[name], model, "model")
@@ -704,7 +706,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
-        raise InputError(f"{where} must be a mapping of fields, not {values!r}")
+        raise InputError(f"{where} must be a mapping of fields, not {values!r:.100}")
     hints = typing.get_type_hints(cls)
     for key in values:
         require_choice("field", f"{where}.{key}".lstrip("."), [f"{where}.{name}".lstrip(".") for name in hints])
@@ -722,7 +724,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise InputError(f"{where} must be a mapping of fields, not {value!r}")
+            raise InputError(f"{where} must be a mapping of fields, not {value!r:.100}")
         return dict(value)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -738,5 +740,5 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{where} must be of type {hint.__name__}, not {value!r}")
+        raise InputError(f"{where} must be of type {hint.__name__}, not {value!r:.100}")
     return value

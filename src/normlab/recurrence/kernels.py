@@ -134,7 +134,7 @@ def _opened(program: str, dtype: torch.dtype, *, build: bool) -> ctypes.CDLL | N
         )
         try:
             path = _place(program, flags)
-            if not path.exists():
+            if not cache.is_own(path):
                 if not build:
                     continue
                 path = _built(program, flags, path)
@@ -191,6 +191,7 @@ def _built(program: str, flags: tuple[str, ...], path: Path) -> Path:
         _run(program, *flags, "-c", str(SOURCE), "-o", str(unlinked))
         # Linked without -fopenmp, which would bring in a second OpenMP.
         _run(program, "-shared", str(unlinked), "-o", str(linked), "-lm")
+        linked.chmod(0o700)  # whatever the umask: what others could change is not loaded
         linked.replace(path)
     log.info("built the LSTM kernels in %.1f s", time.monotonic() - began)
     return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import pickle
 import signal
 import warnings
 from collections.abc import Iterator
@@ -52,6 +51,7 @@ from normlab.training.faults import (
 )
 from normlab.training.final import evaluate_best
 from normlab.training.module import TextModule
+from normlab.training.reading import read_checkpoint
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
 from normlab.training.stopwatch import Stopwatch
 from normlab.training.watching import Activations, ProgressBar, Recorder
@@ -262,10 +262,7 @@ class _Run:
                 self.record.rewind(-1)
             return None
         mend = "delete it, or train anew with --output.fresh true"
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(f"cannot read the checkpoint {path} ({type(error).__name__}); {mend}") from None
+        stored = read_checkpoint(path, mend)
         if not belongs_to(stored, self.module):
             raise InputError(f"{path} is not a checkpoint of this run to resume from; {mend}")
         step = stored["global_step"]
