@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from normlab.config import (
     MODELS,
@@ -30,6 +30,8 @@ from normlab.config import (
     require_choice,
     run_id,
 )
+from normlab.machine.terminal import printable
+from normlab.records.disk import read_yaml
 
 SHORT = {"--norm": "--model.norm", "--model": "--model.name", "--data": "--data.corpus"}
 
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_choice("command", arguments[0], commands)
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
-        print(f"normlab: error: {error}", file=sys.stderr)
+        print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print(f"normlab: stopped{AFTER_A_STOP.get(arguments[0], '')}", file=sys.stderr)
@@ -257,7 +259,7 @@ def _model_name(arguments: Sequence[str]) -> str:
 
 def _model_in_file(path: Path) -> str | None:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise InputError(f"cannot read the config {str(path)!r}: {error.strerror}; configs/ holds some") from None
     except UnicodeDecodeError as error:
@@ -292,6 +294,8 @@ def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfi
 
 
 def _parser(command: str, description: str | None) -> ArgumentParser:
+    # Else a config with a `class_path` anywhere in model.overrides has the module of that name imported, which runs it.
+    set_parsing_settings(import_path_denylist=["*"])
     return ArgumentParser(
         prog=f"python -m normlab {command}", description=description, exit_on_error=False, allow_abbrev=False
     )

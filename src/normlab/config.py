@@ -446,6 +446,8 @@ class HuggingFaceConfig:
             architecture, fields = _read_architecture(Path(self.architecture).expanduser())
             object.__setattr__(self, "architecture", architecture)
             object.__setattr__(self, "from_file", fields)
+        for name in ("overrides", "from_file"):
+            _require_no_code(getattr(self, name), f"model.{name}")
         for key in TEXT_FIELDS:
             _require(key not in self.overrides, f"model.overrides.{key} is decided by the text; leave it out")
 
@@ -457,14 +459,34 @@ _FILE_FACTS = ("architectures", "transformers_version", "_name_or_path", "dtype"
 """Fields of a config.json that say where it comes from, or in which precision it was saved."""
 
 
+def _require_no_code(fields: Any, where: str) -> None:
+    """Raise `InputError` for a field, at any depth, that has transformers fetch code from its hub and run it."""
+    if isinstance(fields, list | tuple):
+        for value in fields:
+            _require_no_code(value, where)
+    if not isinstance(fields, Mapping):
+        return
+    for key, value in fields.items():
+        inner = f"{where}.{key}"
+        _require(key != "auto_map", f"{inner} names code to fetch and run, which normlab does not do; leave it out")
+        if str(key).removesuffix("_internal").endswith("_implementation"):
+            named = value.values() if isinstance(value, Mapping) else [value]
+            _require(
+                not any(isinstance(name, str) and "/" in name for name in named),
+                f"{inner} names a kernel to fetch and run, which normlab does not do; use sdpa or eager",
+            )
+        _require_no_code(value, inner)
+
+
 def _read_architecture(path: Path) -> tuple[str, dict[str, Any]]:
     """Model type and other fields of a config.json, without what the text decides."""
     file = path / "config.json" if path.is_dir() else path
+    _require(not file.exists() or file.is_file(), f"the architecture {file} is no plain file; give a config.json")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the architecture {str(file)!r}: {error.strerror}; give a config.json") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"the architecture {file} is not JSON; give a config.json of transformers") from None
     _require(
         isinstance(values, dict) and isinstance(values.get("model_type"), str),

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from normlab.config import InputError
 from normlab.execution.jobs import JOB_FILE, Job, read_job
+from normlab.machine.terminal import printable
 from normlab.records.disk import to_json, write_atomically
 
 __all__ = ["main", "perform"]
@@ -28,7 +29,7 @@ def main() -> int:
     try:
         done = perform(read_job(Path(sys.argv[1])))
     except InputError as error:
-        print(f"normlab: error: {error}", file=sys.stderr)
+        print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0 if done else 143
 

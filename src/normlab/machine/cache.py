@@ -46,7 +46,8 @@ def _is_private(path: Path) -> bool:
         path.chmod(0o700)
     # Where all may write, and rename what is not theirs, another folder may take its place. A group that may write is
     # let pass above: most users have a group of their own.
-    return all(not mode & stat.S_IWOTH or mode & stat.S_ISVTX for mode in (place.stat().st_mode for place in path.parents))
+    modes = (place.stat().st_mode for place in path.parents)
+    return all(not mode & stat.S_IWOTH or mode & stat.S_ISVTX for mode in modes)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from normlab.config import InputError
 from normlab.execution.durations import duration
 from normlab.execution.jobs import Job
 from normlab.execution.local import Ended
+from normlab.machine.terminal import PlainConsole
 from normlab.records.disk import parse_json
 from normlab.study.plan import ClaimState, Study
 
@@ -28,7 +29,7 @@ WINDOW_BYTES = 4096
 
 def study_console() -> Console:
     """In a pipe nothing is cut off."""
-    return Console(width=None if os.isatty(1) else 140)
+    return PlainConsole(width=None if os.isatty(1) else 140)
 
 
 def list_claims(studies: Sequence[Study], exact: Sequence[Claim], console: Console) -> None:
