@@ -6,6 +6,7 @@ Libraries in it are loaded into the process: nobody but the user may have put th
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import platform
 import stat
@@ -13,6 +14,8 @@ import tempfile
 from pathlib import Path
 
 __all__ = ["folder", "is_own", "processor"]
+
+log = logging.getLogger(__name__)
 
 _BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
@@ -23,9 +26,14 @@ def folder() -> Path:
     try:
         path = (Path(root) if root else Path.home() / ".cache") / "normlab"
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return path if os.access(path, os.W_OK) and _is_private(path) else _for_this_process()
+        if not os.access(path, os.W_OK):
+            return _for_this_process()
+        strangers = _open_to_others(path.resolve())
     except (OSError, RuntimeError):
         return _for_this_process()
+    if strangers:
+        return _for_this_process(f"{strangers}: not kept for later processes; XDG_CACHE_HOME can name another folder")
+    return path
 
 
 def is_own(path: Path) -> bool:
@@ -37,21 +45,26 @@ def is_own(path: Path) -> bool:
     return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & _BY_OTHERS
 
 
-def _is_private(path: Path) -> bool:
-    path = path.resolve()
+def _open_to_others(path: Path) -> str:
+    """How somebody else could put files into the folder `path`; empty if nobody can."""
     found = path.stat()
     if found.st_uid != os.geteuid():
-        return False
+        return f"the cache folder {path} belongs to somebody else"
     if found.st_mode & _BY_OTHERS:  # made under a lenient umask; what lies in it is looked at file by file
         path.chmod(0o700)
-    # Where all may write, and rename what is not theirs, another folder may take its place. A group that may write is
-    # let pass above: most users have a group of their own.
-    modes = (place.stat().st_mode for place in path.parents)
-    return all(not mode & stat.S_IWOTH or mode & stat.S_ISVTX for mode in modes)
+    for place in path.parents:
+        # Where all may write, and rename what is not theirs, another folder may take this one's place. A group that may
+        # write is let pass: most users have one of their own.
+        mode = place.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"the cache folder {path} lies in {place}, where everybody can write"
+    return ""
 
 
 @functools.cache
-def _for_this_process() -> Path:
+def _for_this_process(reason: str = "") -> Path:
+    if reason:
+        log.warning("%s", reason)
     return Path(tempfile.mkdtemp(prefix="normlab-"))
 
 
