@@ -95,7 +95,9 @@ def test_a_planted_library_is_not_loaded_but_replaced(tmp_path: Path, monkeypatc
     monkeypatch.setattr(kernels, "_place", lambda *args: places.append(real(*args)) or places[-1])
     assert kernels.find(torch.float32) is None
     mark, source, planted = tmp_path / "it_ran", tmp_path / "planted.c", tmp_path / "planted.so"
-    source.write_text(f'#include <stdio.h>\n__attribute__((constructor)) void run() {{ fclose(fopen("{mark}", "w")); }}')
+    source.write_text(
+        f'#include <stdio.h>\n__attribute__((constructor)) void run() {{ fclose(fopen("{mark}", "w")); }}'
+    )
     subprocess.run([program, "-shared", "-fPIC", str(source), "-o", str(planted)], check=True)
     for place in places:
         shutil.copy(planted, place)

@@ -32,4 +32,6 @@ def test_a_console_prints_text_as_it_is(how: str) -> None:
         console.print(table)
     shown = out.getvalue()
     assert not set(shown) & {"\x1b", "\x07", "\x9b", "\x00", "\r", "\u202e", "\udcff"}
-    assert shown.strip().startswith("[bold]b[/bold] [link=http://x]x[/link] :smile: 12.5 " + r"\x1b[2J\x1b]8;;http://x\x07")
+    assert shown.strip().startswith(
+        "[bold]b[/bold] [link=http://x]x[/link] :smile: 12.5 " + r"\x1b[2J\x1b]8;;http://x\x07"
+    )

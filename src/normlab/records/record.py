@@ -112,7 +112,8 @@ class RunRecord:
                 it holds what no run writes: links that lead elsewhere, pipes.
         """
         asked, runs = Path(folder_or_id), Path(runs_dir)
-        folder = next((place for place in (asked, runs / asked) if (place / "config.yaml").is_file()), None)
+        # os.path, which takes a name that can be none, such as one that is too long, for one that is not there.
+        folder = next((place for place in (asked, runs / asked) if os.path.isfile(place / "config.yaml")), None)
         if folder is None:
             ids = record_ids(runs)
             near = difflib.get_close_matches(asked.name, ids, n=3, cutoff=0.0)

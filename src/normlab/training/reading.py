@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def read_checkpoint(path: Path, mend: str) -> dict[str, Any]:
             a pickle could run anything when it is read; torch's `weights_only` stops at the first such object.
     """
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # what torch finds odd in a file that it then refuses
+            stored = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # a damaged file fails in many ways
