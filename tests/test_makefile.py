@@ -24,7 +24,9 @@ ODD = [
 ]
 
 
-def made(target: str, tmp_path: Path, variables: dict[str, str], environment: dict[str, str] | None = None) -> list[str]:
+def made(
+    target: str, tmp_path: Path, variables: dict[str, str], environment: dict[str, str] | None = None
+) -> list[str]:
     """The arguments that `make target` gives to Python, each in a line of its own."""
     if shutil.which("make") is None:
         pytest.skip("no make on this machine")

@@ -304,7 +304,7 @@ def _parser(command: str, description: str | None) -> ArgumentParser:
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, ValueError) as error:  # ValueError: a value names something to import
         raise InputError(_one_line(parser, str(error))) from None
 
 
@@ -324,6 +324,9 @@ def _one_line(parser: ArgumentParser, message: str) -> str:
             require_choice("flag" if flag.startswith("-") else "argument", flag, group or [*short, *named])
         except InputError as error:
             return str(error)
+    imported = re.search(r"Importing '([^']*)' is not allowed", message)
+    if imported is not None:
+        return f"{imported[1]!r} stands where fields are expected; a config holds values and has nothing imported"
     choice = re.search(r'key "([^"]+)":.*?Literal\[([^]]*)\].*value: (\S+)', message, re.DOTALL)
     if choice is not None:
         key, choices, got = choice.groups()
