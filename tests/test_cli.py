@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -178,3 +179,15 @@ def test_an_architecture_can_not_ask_for_code(fields: dict, said: str):
             config_from_dict({"model": {"name": "hf", "architecture": "gpt2", part: fields}})
     values = {"model": {"name": "hf", "architecture": "gpt2", "overrides": {"attn_implementation": "eager"}}}
     assert isinstance(config_from_dict(values).model, HuggingFaceConfig)
+
+
+def test_a_hostile_architecture_file_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pipe, deep, remote = tmp_path / "pipe.json", tmp_path / "deep.json", tmp_path / "remote.json"
+    os.mkfifo(pipe)
+    deep.write_text("[" * 100_000)
+    remote.write_text('{"model_type": "gpt2", "text_config": {"auto_map": {"AutoModel": "somebody/repo--code.Model"}}}')
+    for path, said in ((pipe, "is no plain file"), (deep, "is not JSON"), (remote, "auto_map names code")):
+        assert main(["train", "--model", f"hf:{path}"]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1

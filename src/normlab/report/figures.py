@@ -68,7 +68,6 @@ STYLE: dict[Any, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.unicode_minus": True,
-    "text.parse_math": False,  # a $ in a name is a $
 }
 
 
@@ -231,7 +230,8 @@ def _effect(axes: Axes, height: int, found: Found, colour: str) -> None:
 
 def _shortened(text: str, letters: int = LETTERS) -> str:
     text = printable(text)  # SVG has no control characters
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+    text = text if len(text) <= letters else f"{text[: letters - 1]}…"
+    return text.replace("$", r"\$")  # else what stands between two is read as mathematics
 
 
 def _words(name: str) -> str:
