@@ -304,7 +304,7 @@ def _parser(command: str, description: str | None) -> ArgumentParser:
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(arguments))
-    except (ArgumentError, ValueError) as error:  # ValueError: a value names something to import
+    except (ArgumentError, ImportError) as error:  # ImportError: a value names something to import
         raise InputError(_one_line(parser, str(error))) from None
 
 

@@ -22,8 +22,8 @@ from normlab.config import InputError
 
 __all__ = ["append", "parse_json", "read_bytes", "read_yaml", "require_plain_files", "to_json", "write_atomically"]
 
-MOST_YAML_NODES = 20_000
-"""Of a file, with all that aliases stand for: a config has about a hundred."""
+MOST_YAML_NODES = 200_000
+"""Of a file, with all that aliases stand for: a config has about a hundred, an architecture's some thousands."""
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
