@@ -144,7 +144,7 @@ HOSTILE_YAML = {
     "names an object": "model: !!python/object/apply:os.mkdir [{mark}]",
     "names a class": "model: !!python/name:os.system",
     "stands for more than": BOMB + "seed: *a29",
-    "nested too deeply": "seed: " + "[" * 1500,
+    "nested too deeply": "seed: " + "[" * 400,
     "or contains itself": "model: &m {name: lstm, sites: *m}",
     "unhashable": "? {a: 1}\n: 1",
     "month": "seed: 2020-13-01",
