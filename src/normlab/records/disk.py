@@ -116,16 +116,17 @@ def _yaml_nodes(node: yaml.Node, known: dict[int, int]) -> int:
 
 
 def require_plain_files(folder: Path) -> None:
-    """Raise `InputError` if a link in `folder`, or itself, leads out of the folder around it, or if a pipe or device is
-    in it: a record that somebody else made must not be a way to write elsewhere, or to wait for ever."""
-    around = folder.parent.resolve()
-    for path in (folder, *folder.rglob("*")):
+    """Raise `InputError` if a link, a pipe or a device is in `folder`, or if it is a link out of the folder around it.
+
+    A record that somebody else made must not be a way to write elsewhere, or to wait for ever.
+    """
+    real = Path(os.path.realpath(folder))
+    if folder.is_symlink() and not real.is_relative_to(folder.parent.resolve()):
+        raise InputError(f"{folder} is a link out of {folder.parent}; name the record by its own place, {real}")
+    for path in folder.rglob("*"):
         if path.is_symlink():
-            target = Path(os.path.realpath(path))
-            if not target.is_relative_to(around):
-                mend = f"name the record by its own place, {target}" if path == folder else "put a copy in its place"
-                raise InputError(f"{path} is a link that leads out of {folder.parent}, to {target}; {mend}")
-        elif not path.is_file() and not path.is_dir() and path.exists():
+            raise InputError(f"{path} is a link, to {os.readlink(path)}; put a copy in its place")
+        if not path.is_file() and not path.is_dir() and path.exists():
             raise InputError(f"{path} is neither a file nor a folder; remove it")
 
 

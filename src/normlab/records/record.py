@@ -91,7 +91,7 @@ class RunRecord:
         An existing record keeps its metrics and outcome; whether to go on with it is the caller's to decide.
 
         Raises:
-            InputError: the folder cannot be made, or a link in it leads elsewhere.
+            InputError: the folder cannot be made, or holds what no run writes: links, pipes.
         """
         record = cls(Path(config.output.runs_dir) / run_id(config), config)
         require_plain_files(record.folder)
@@ -109,7 +109,7 @@ class RunRecord:
 
         Raises:
             InputError: there is none (names the nearest ids), another version wrote it, its config cannot be read, or
-                it holds what no run writes: links that lead elsewhere, pipes.
+                it holds what no run writes: links, pipes.
         """
         asked, runs = Path(folder_or_id), Path(runs_dir)
         # os.path, which takes a name that can be none, such as one that is too long, for one that is not there.
