@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -89,12 +90,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_spreadsheet_computes_nothing(tmp_path: Path) -> None:
     rows = make_rows(DRAWN, "small", _effect({}))[:1]
     path = tmp_path / "table.csv"
-    for hostile in ("=HYPERLINK(1)", "+1", "-1+1", "@SUM(1)", "\t=1", "\x1b[31m\n=1"):
-        write_rows(path, [type(rows[0])(**{**vars(rows[0]), "machine": hostile, "value": -1.5})])
+    for hostile in ("=HYPERLINK(1)", "+1", "-1+1", "@SUM(1)", "\t=1"):
+        write_rows(path, [dataclasses.replace(rows[0], machine=hostile, value=-1.5)])
         (row,) = read_rows(path)
         assert row.value == -1.5
-        assert row.machine.startswith(("'", r"\x1b"))
-        assert "\n" not in row.machine
+        assert row.machine == f"'{hostile}"
         write_rows(path, [row])
         assert read_rows(path) == [row], "once is enough"
         probe = ProbeRow("s", "a", "p", "", hostile, "x", -1.0, "q", -2.0, 0.0, 1)
@@ -102,3 +102,5 @@ def test_a_spreadsheet_computes_nothing(tmp_path: Path) -> None:
         (read,) = read_table(path, ProbeRow)
         assert read.by == row.machine
         assert read.mean == -2.0
+    write_rows(path, [dataclasses.replace(rows[0], machine="a\rb")])
+    assert read_rows(path)[0].machine == r"a\rb"

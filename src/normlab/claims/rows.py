@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from normlab.config import InputError
-from normlab.machine.terminal import printable
 from normlab.records.disk import write_atomically
 
 __all__ = ["Phase", "Row", "cell", "read_rows", "write_rows"]
@@ -65,10 +64,13 @@ _PARSE: dict[str, Callable[[str], Any]] = {
 
 
 def cell(value: Any) -> Any:
-    """`value` as it goes into a table that a spreadsheet may open: text in one line that none takes for a formula."""
+    """`value` as it goes into a table that a spreadsheet may open: no text in it begins as a formula does."""
+    if isinstance(value, bool):
+        return int(value)
     if not isinstance(value, str):
-        return int(value) if isinstance(value, bool) else value
-    return f"'{printable(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else printable(value)
+        return value
+    text = value.replace("\r", r"\r")  # read as a line end, it would break the table
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
