@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from normlab.machine import cache
-from normlab.recurrence import kernels
+from normlab.machine import c_kernels, cache
+from normlab.recurrence.kernels import LSTM
 
 
 @pytest.fixture(autouse=True)
@@ -69,8 +69,7 @@ def test_whose_file_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def _compiler_of_nothing(folder: Path, program: str) -> Path:
     """A compiler that takes no time: its kernels have the right names and do nothing."""
-    names = [cell + way for cell in ("", "gru_", "tanh_", "relu_") for way in ("forward", "backward")]
-    (folder / "nothing.c").write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+    (folder / "nothing.c").write_text("".join(f"void {name}(void) {{}}\n" for name in LSTM.functions))
     script = folder / "cc"
     script.write_text(
         "#!/bin/sh\n"
@@ -84,16 +83,16 @@ def _compiler_of_nothing(folder: Path, program: str) -> Path:
 
 
 def test_a_planted_library_is_not_loaded_but_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = kernels.compiler()
+    program = c_kernels.compiler()
     if program is None:
         pytest.skip("no C compiler on this machine")
     monkeypatch.setenv("CC", str(_compiler_of_nothing(tmp_path, program)))
-    monkeypatch.setattr(kernels, "_libraries", {})
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(c_kernels, "_libraries", {})
+    monkeypatch.setattr(c_kernels, "_failed", set())
     # Where each of the flags tried would look.
-    real, places = kernels._place, []
-    monkeypatch.setattr(kernels, "_place", lambda *args: places.append(real(*args)) or places[-1])
-    assert kernels.find(torch.float32) is None
+    real, places = LSTM._place, []
+    monkeypatch.setattr(LSTM, "_place", lambda *args: places.append(real(*args)) or places[-1])
+    assert LSTM.find(torch.float32) is None
     mark, source, planted = tmp_path / "it_ran", tmp_path / "planted.c", tmp_path / "planted.so"
     source.write_text(
         f'#include <stdio.h>\n__attribute__((constructor)) void run() {{ fclose(fopen("{mark}", "w")); }}'
@@ -102,9 +101,9 @@ def test_a_planted_library_is_not_loaded_but_replaced(tmp_path: Path, monkeypatc
     for place in places:
         shutil.copy(planted, place)
         place.chmod(0o777)
-    kernels._libraries.clear()
-    assert kernels.find(torch.float32) is None
-    assert kernels.load(torch.float32) is not None
+    c_kernels._libraries.clear()
+    assert LSTM.find(torch.float32) is None
+    assert LSTM.load(torch.float32) is not None
     assert not mark.exists()
     built = {place for place in places if place.read_bytes() != planted.read_bytes()}
     assert len(built) == 1
