@@ -15,15 +15,17 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from normlab.config import RunConfig, config_to_dict, model_label
 from normlab.records.environment import program
+from normlab.records.metrics import probe_rows, probe_summary, probe_summary_of_run
+from normlab.records.record import RunRecord
 
-__all__ = ["WandbMirror"]
+__all__ = ["WandbMirror", "mirror_probes", "why_offline"]
 
 ANSWER_SECONDS = 2.0
 INIT_SECONDS = 5.0
@@ -46,11 +48,18 @@ class WandbMirror:
         self._url = "" if run is None or run.offline else run.url
 
     @classmethod
-    def start(cls, config: RunConfig, record_folder: Path, say: Callable[[str], None] = _to_stderr) -> WandbMirror:
+    def start(
+        cls,
+        config: RunConfig,
+        record_folder: Path,
+        say: Callable[[str], None] = _to_stderr,
+        suffix: str = "",
+    ) -> WandbMirror:
         """Begin to mirror, or go on if `record_folder` was mirrored before (its `wandb_id` says under which id).
 
         Args:
             say: takes one line for the user, at most once per cause.
+            suffix: of the folder that W&B writes to, which it else names by id and second alone.
         """
         if config.output.wandb == "off" or (config.output.wandb == "auto" and os.getenv("WANDB_MODE") == "disabled"):
             return cls(None, (), say)
@@ -75,14 +84,14 @@ class WandbMirror:
             if why:
                 say(f"W&B records offline: {why}")
             try:
-                run = _init(wandb, config, record_folder, mode)
+                run = _init(wandb, config, record_folder, mode, suffix)
             except errors as error:
                 if mode == "offline":
                     raise
                 say(f"W&B records offline: {_one_line(error)}")
                 # The service still holds the run's id.
                 wandb.teardown()
-                run = _init(wandb, config, record_folder, "offline")
+                run = _init(wandb, config, record_folder, "offline", suffix)
         except errors as error:
             say(f"W&B is left out of this run: {_one_line(error)}")
         return cls(run, errors, say)
@@ -90,6 +99,25 @@ class WandbMirror:
     def log(self, metrics: Mapping[str, Any], step: int, seconds: float) -> None:
         """One row: `metrics` at `step` (optimizer steps) and `seconds` (training time)."""
         self._attempt(lambda run: run.log({**metrics, "step": step, "seconds": seconds}, step=step))
+
+    def log_along(self, axis: str, rows: Iterable[Mapping[str, Any]], after_step: int) -> None:
+        """Rows over an axis other than training, such as `time_step`, which each of them holds.
+
+        Args:
+            after_step: the last one of the training: W&B counts on from there.
+        """
+
+        def send(run: Any) -> None:
+            # By full names: which of two patterns wins is not said anywhere. The axis too, or it would be over `step`.
+            run.define_metric(axis)
+            known = {axis}
+            for number, row in enumerate(rows, max(run.step, after_step + 1)):
+                for name in row.keys() - known:
+                    run.define_metric(name, step_metric=axis)
+                    known.add(name)
+                run.log(dict(row), step=number)
+
+        self._attempt(send)
 
     def summary(self, results: Mapping[str, Any]) -> None:
         """The final numbers."""
@@ -120,12 +148,64 @@ class WandbMirror:
             self._say(f"W&B stopped recording, the run goes on: {_one_line(error)}")
 
 
+def mirror_probes(
+    names: Iterable[str], records: Sequence[RunRecord], say: Callable[[str], None] = _to_stderr
+) -> WandbMirror | None:
+    """Send what probes found on ended runs after them, to where the `output` of each says that it is mirrored.
+
+    Args:
+        names: probes whose measurement of just these runs is on disk.
+        records: one run, or those that were measured together: of these each gets its own numbers.
+
+    Returns:
+        The mirror of the last run, ended.
+    """
+    mirror = None
+    ids = [record.id for record in records]
+    found = {name: records[0].probe(name, ids) for name in names}
+    for record in records if found else ():
+        mirror = WandbMirror.start(record.config, record.folder, say, suffix="probes")
+        outcome = record.outcome()
+        # All that is known: an upload puts the summary of the last part of a run in place of those before.
+        summary = _last_values(record.metrics()) | {"outcome": outcome.state, **outcome.results} | _probed(record)
+        for name, values in found.items():
+            if len(records) > 1:
+                summary |= probe_summary_of_run(name, values["rows"], record.id)
+                continue
+            for axis, rows in probe_rows(name, values["rows"]).items():
+                mirror.log_along(axis, rows, outcome.step)
+        mirror.summary(summary)
+        mirror.finish()
+    return mirror
+
+
+def _last_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for row in rows for name, value in row.items()}
+
+
+def _probed(record: RunRecord) -> dict[str, Any]:
+    """Of the probes that measured this run alone."""
+    summary: dict[str, Any] = {}
+    for path in sorted((record.folder / "probes").glob("*.json")):
+        values = record.probe(path.stem)
+        if values["runs"] == [record.id]:
+            summary |= probe_summary(values["probe"], values["summary"])
+    return summary
+
+
+def why_offline() -> str:
+    """Why nothing can be saved at W&B now, in one line; empty if it can: there is a key and the server answers."""
+    import wandb
+
+    return _mode("online", wandb)[1]
+
+
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
+def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str, suffix: str) -> Any:
     output = config.output
     settings = wandb.Settings(
         silent=True,
@@ -142,6 +222,7 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
         finish_timeout_raises=True,
         # `make watch` shows a running run as of the last flush.
         x_transaction_log_flush_interval=5.0,
+        x_sync_dir_suffix=suffix,
     )
     corpus = Path(config.data.corpus).stem
     tags = [config.model.norm, model_label(config.model), corpus, output.claim]
@@ -155,8 +236,9 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
         config=_shared_config(config),
         dir=output.runs_dir,
         mode=mode,
-        # Offline, segments of one id become one run when they are uploaded.
-        resume="allow" if mode == "online" else None,
+        # Offline too: when parts of one run are uploaded, each is then added to those before; else the rows of the
+        # later one overwrite the first rows of the run.
+        resume="allow",
         settings=settings,
     )
     run.define_metric("step")
@@ -174,10 +256,14 @@ def _shared_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _wandb_id(record_folder: Path) -> str:
-    """The run's id in W&B, kept with the record: a resumed run goes on there, one trained afresh is another."""
+    """The run's id in W&B, kept with the record: a resumed run goes on there, one trained afresh is another.
+
+    The agent of a sweep gives its runs ids of its own, which W&B then takes in place of any other.
+    """
     path = record_folder / "wandb_id"
-    if not path.exists():
-        path.write_text(f"{record_folder.name}-{secrets.token_hex(3)}\n", encoding="utf-8")
+    given = os.getenv("WANDB_RUN_ID", "") if os.getenv("WANDB_SWEEP_ID") else ""
+    if given or not path.exists():
+        path.write_text(f"{given or f'{record_folder.name}-{secrets.token_hex(3)}'}\n", encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()
 
 
