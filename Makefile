@@ -7,13 +7,15 @@ SEED ?=
 CONFIG ?=
 CLAIM ?=
 SCALE ?=
+ENTITY ?=
+PROJECT ?=
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study report exact test check format watch norms bench lock clean
+.PHONY: help setup train study report exact test check format watch dashboard norms metrics bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -73,8 +75,14 @@ watch: $(READY) ## open the terminal viewer on local runs
 	@test -d runs/wandb || { echo "there is no run in runs/wandb to watch yet: make train"; exit 2; }
 	@$(VENV)/bin/wandb leet runs/wandb
 
+dashboard: $(READY) ## W&B workspaces and report of all arguments: ENTITY PROJECT; without an account as files
+	@$(PY) scripts/wandb_workspace.py $(if $(ENTITY),--entity "$(ENTITY)") $(if $(PROJECT),--project "$(PROJECT)") $(ARGS)
+
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py
+
+metrics: $(READY) ## write docs/metrics.md anew from the list of what runs log
+	@$(PY) scripts/metrics_table.py
 
 bench: $(READY) ## what norms cost in an LSTM (beside torch.nn.LSTM) and in a Transformer (beside ln); ARGS: the LSTM alone
 	@$(PY) scripts/bench_recurrence.py $(ARGS)

@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 __all__ = ["ALONG", "METRICS", "Along", "Metric", "find_metric", "probe_rows", "probe_summary", "probe_summary_of_run"]
@@ -34,12 +35,15 @@ class Metric:
     when: str
 
     def fits(self, name: str) -> bool:
-        parts = re.split(r"<(\w+)>", self.name)
-        patterns = [_STANDS_FOR[part] if odd else re.escape(part) for part, odd in _alternating(parts)]
-        return re.fullmatch("".join(patterns), name) is not None
+        return self._pattern.fullmatch(name) is not None
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile(_PLACEHOLDER.sub(lambda match: _STANDS_FOR[match[0]], self.name.replace(".", r"\.")))
 
 
-_STANDS_FOR = {"site": r"[a-z_]+", "path": r"[\w.]+", "layer": r"\d+", "multiple": r"\d+"}
+_STANDS_FOR = {"<site>": r"[a-z_]+", "<path>": r"[\w.]+", "<layer>": r"\d+", "<multiple>": r"\d+"}
+_PLACEHOLDER = re.compile(r"<\w+>")
 
 WHEN = {
     "rows": "in every row, the axes of all others",
@@ -50,10 +54,6 @@ WHEN = {
     "probe": "once a probe measured the ended run: in `probes/<probe>.json`, and in the summary in W&B",
     "rows of a probe": "the same, as rows over an axis of their own in W&B",
 }
-
-
-def _alternating(parts: Sequence[str]) -> Iterable[tuple[str, bool]]:
-    return ((part, number % 2 == 1) for number, part in enumerate(parts))
 
 
 def _of_training() -> Iterable[Metric]:

@@ -16,6 +16,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,7 +26,7 @@ from normlab.records.environment import program
 from normlab.records.metrics import probe_rows, probe_summary, probe_summary_of_run
 from normlab.records.record import RunRecord
 
-__all__ = ["WandbMirror", "mirror_probes", "why_offline"]
+__all__ = ["Account", "WandbMirror", "mirror_probes"]
 
 ANSWER_SECONDS = 2.0
 INIT_SECONDS = 5.0
@@ -193,11 +194,27 @@ def _probed(record: RunRecord) -> dict[str, Any]:
     return summary
 
 
-def why_offline() -> str:
-    """Why nothing can be saved at W&B now, in one line; empty if it can: there is a key and the server answers."""
-    import wandb
+@dataclass(frozen=True)
+class Account:
+    """What of W&B can be used from here.
 
-    return _mode("online", wandb)[1]
+    Args:
+        has_key: whether there is an API key.
+        why_not: why nothing can be saved there now, in one line; empty if it can.
+        server: its address.
+    """
+
+    has_key: bool
+    why_not: str
+    server: str
+
+    @classmethod
+    def find(cls) -> Account:
+        """Asks the server, if there is a key, whether it is there."""
+        import wandb
+
+        settings = wandb.setup().settings
+        return cls(_has_key(settings), _mode("online", wandb)[1], settings.base_url)
 
 
 def _one_line(error: BaseException) -> str:
