@@ -13,6 +13,7 @@ from typing import Any
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 ENTITY = "somebody"
+STRANGER = "a-stranger"
 
 
 class WandbServer:
@@ -22,14 +23,14 @@ class WandbServer:
         sent: operation and variables of each GraphQL request.
         rows: of each run by its id, at the line where the client said that they belong.
         summaries: of each run, the last one.
-        refused: operations that are answered with an error.
+        lost: whether a report that was saved is no longer there.
     """
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, dict[str, Any]]] = []
         self.rows: dict[str, dict[int, dict[str, Any]]] = {}
         self.summaries: dict[str, dict[str, Any]] = {}
-        self.refused: set[str] = set()
+        self.lost = False
         self.url = ""
 
     def of(self, operation: str) -> list[dict[str, Any]]:
@@ -124,8 +125,10 @@ def serving() -> Iterator[WandbServer]:
             operation = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
             name, variables = operation[1] if operation else "", request.get("variables") or {}
             server.sent.append((name, variables))
-            if name in server.refused:
-                return self.reply({"errors": [{"message": f"{name} is refused"}]})
+            if variables.get("entityName") == STRANGER:
+                return self.reply({"errors": [{"message": "permission denied"}]})
+            if server.lost and name == "upsertView" and variables.get("id"):
+                return self.reply({"errors": [{"message": "no such view"}]})
             return self.reply({"data": server.answer(name, variables)})
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:

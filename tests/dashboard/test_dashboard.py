@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from wandb_server import ENTITY, KEY, serving
+from wandb_server import ENTITY, KEY, STRANGER, serving
 
 from normlab.claims import available_claims, load_claim
 from normlab.claims.rows import read_rows
@@ -23,13 +23,14 @@ from normlab.report.judged import Argument
 RESULTS = Path(__file__).parents[2] / "results"
 CLAIM = load_claim("d5_ln_speeds_up_lstm")
 
-# The results of one argument: judging all of them takes long.
+# The results of one argument: judging all of them takes long. Saved, saved again, and refused.
 COMMAND = """
 import sys
 from pathlib import Path
 from normlab.claims import load_claim
 from normlab.dashboard.command import dashboard
-sys.exit(dashboard([load_claim("d5_ln_speeds_up_lstm")], Path(sys.argv[1]), Path("out"), sys.argv[2], "normlab"))
+for entity in sys.argv[2:]:
+    print(dashboard([load_claim("d5_ln_speeds_up_lstm")], Path(sys.argv[1]), Path("out"), entity, "normlab"))
 """
 
 
@@ -125,31 +126,25 @@ def test_without_an_account_there_are_files(
 def test_with_an_account_they_are_saved_and_then_changed_in_place(results: Path, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), "WANDB_API_KEY": KEY}
-
-    def run(entity: str) -> subprocess.CompletedProcess[str]:
-        run = [sys.executable, "-c", COMMAND, str(results), entity]
-        return subprocess.run(run, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-
     with serving() as server:
         environment["WANDB_BASE_URL"] = server.url
-        first = run("")
-        assert (first.returncode, first.stderr) == (0, "")
-        (report,) = server.of("upsertView")
-        views = {view["displayName"]: view for view in server.of("UpsertView2")}
-        assert set(views) == {"normlab: all runs", "normlab: section D"}
-        for sent in (report, *views.values()):
-            assert (sent["entityName"], sent["projectName"], sent.get("id")) == (ENTITY, "normlab", None)
-        section = json.loads(views["normlab: section D"]["spec"])
-        assert section == as_sent(tmp_path / "out" / "d.json")["spec"]
-        assert json.loads(report["spec"]) == as_sent(tmp_path / "out" / "report.json")["spec"]
-        assert f"{server.url}/{ENTITY}/normlab?nw=" in first.stdout
-        server.sent.clear()
-        server.refused.add("upsertView")
-        again = run(ENTITY)
-        assert (again.returncode, again.stderr) == (1, "")
-        assert "W&B: " in again.stdout
-        assert "upsertView is refused; then the same command" in again.stdout
-        tried = [sent.get("id") for sent in server.of("upsertView")]
-        assert tried[0] is not None, "a second report instead of the first one changed"
-        assert tried[-1] is None, "a report that was deleted there is not saved anew"
-        assert server.of("UpsertView2") == []
+        server.lost = True  # somebody deletes the report
+        command = [sys.executable, "-c", COMMAND, str(results), "", ENTITY, STRANGER]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    first, lost, anew, refused = server.of("upsertView")
+    views = server.of("UpsertView2")
+    assert [view["displayName"] for view in views] == ["normlab: section D", "normlab: all runs"] * 2
+    for sent in (first, lost, anew, *views):
+        assert (sent["entityName"], sent["projectName"]) == (ENTITY, "normlab")
+    assert [view.get("id") is not None for view in views] == [False, False, True, True]
+    assert [view["name"] for view in views[:2]] == [view["name"] for view in views[2:]]
+    assert [sent.get("id") is not None for sent in (first, lost, anew)] == [False, True, False]
+    assert json.loads(views[0]["spec"]) == as_sent(tmp_path / "out" / "d.json")["spec"]
+    assert json.loads(first["spec"]) == as_sent(tmp_path / "out" / "report.json")["spec"]
+    assert refused["entityName"] == STRANGER
+    assert done.stdout.count(f"{server.url}/{ENTITY}/normlab?nw=") == 4
+    said = done.stdout.splitlines()
+    assert [line for line in said if line.isdigit()] == ["0", "0", "1"]
+    assert said[-2].startswith("W&B: ")
+    assert "permission denied; then the same command saves them in W&B" in said[-2]

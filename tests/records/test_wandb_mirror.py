@@ -227,7 +227,8 @@ def test_what_probes_found_is_added_to_the_run(tmp_path: Path) -> None:
     with serving() as server:
         environment = os.environ | {"HOME": str(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
         environment.pop("WANDB_MODE")
-        subprocess.run([wandb, "sync", *map(str, parts)], env=environment, capture_output=True, check=True, timeout=300)
+        command = [wandb, "sync", *map(str, parts)]
+        subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True, timeout=300)
     rows = server.rows[done["id"]]
     assert list(rows) == list(range(7)), "rows of one part stand in place of those of another"
     assert [rows[number]["train_loss_nats"] for number in range(3)] == [3.0, 2.0, 1.0]
@@ -252,7 +253,7 @@ def test_of_runs_measured_together_each_gets_its_own(tmp_path: Path, monkeypatch
         return started
 
     monkeypatch.setattr(wandb_mirror.WandbMirror, "start", start)
-    records = [RunRecord.create(config_from_dict({**config_of(tmp_path, "off"), "seed": seed})) for seed in (1, 2)]
+    records = [RunRecord.create(config_from_dict({**config_of(tmp_path, "offline"), "seed": seed})) for seed in (1, 2)]
     for record in records:
         record.start()
         record.finish(Outcome("finished"))

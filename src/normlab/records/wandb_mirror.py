@@ -7,6 +7,7 @@ how to upload. Without the package, or once W&B has failed, the mirror does noth
 
 from __future__ import annotations
 
+import dataclasses
 import netrc
 import os
 import secrets
@@ -159,13 +160,17 @@ def mirror_probes(
         records: one run, or those that were measured together: of these each gets its own numbers.
 
     Returns:
-        The mirror of the last run, ended.
+        The mirror of the last run, ended; None if there was nothing to send.
     """
     mirror = None
     ids = [record.id for record in records]
-    found = {name: records[0].probe(name, ids) for name in names}
-    for record in records if found else ():
-        mirror = WandbMirror.start(record.config, record.folder, say, suffix="probes")
+    mirrored = [record for record in records if record.config.output.wandb != "off"]
+    found = {name: records[0].probe(name, ids) for name in names} if mirrored else {}
+    for record in mirrored if found else ():
+        # Where the record is now: it may have been moved, or the run started in another folder.
+        output = dataclasses.replace(record.config.output, runs_dir=str(record.folder.parent))
+        config = dataclasses.replace(record.config, output=output)
+        mirror = WandbMirror.start(config, record.folder, say, suffix="probes")
         outcome = record.outcome()
         # All that is known: an upload puts the summary of the last part of a run in place of those before.
         summary = _last_values(record.metrics()) | {"outcome": outcome.state, **outcome.results} | _probed(record)
