@@ -7,6 +7,7 @@ SEED ?=
 CONFIG ?=
 CLAIM ?=
 SCALE ?=
+WHERE ?=
 ENTITY ?=
 PROJECT ?=
 ARGS ?=
@@ -33,6 +34,7 @@ help: ## print this help
 	@echo "  variables of make study:"
 	@echo "    CLAIM   an argument's id or the beginning of it, the letter of a section, or all"
 	@echo "    SCALE   small (CPU, minutes) or full (one GPU)"
+	@echo "    WHERE   local (processes on this machine)"
 	@echo
 	@echo "  make train NORM=ln MODEL=lstm DATA=ptb_char SEED=3"
 	@echo "  every flag: $(PY) -m normlab train --help"
@@ -49,8 +51,8 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
 	@$(PY) -m normlab train $(if $(CONFIG),--config "$(CONFIG)") $(if $(MODEL),--model "$(MODEL)") $(if $(NORM),--norm "$(NORM)") $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
 
-study: $(READY) ## run what an argument still misses: CLAIM SCALE; without CLAIM list all
-	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(ARGS)
+study: $(READY) ## run what an argument still misses: CLAIM SCALE WHERE; without CLAIM list all
+	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WHERE),--where "$(WHERE)") $(ARGS)
 
 exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
 	@$(PY) -m normlab exact $(ARGS)

@@ -15,8 +15,8 @@ from rich.text import Text
 from normlab.claims.base import Claim
 from normlab.config import InputError
 from normlab.execution.durations import duration
+from normlab.execution.engine import Ended
 from normlab.execution.jobs import Job
-from normlab.execution.local import Ended
 from normlab.records.disk import parse_json
 from normlab.study.plan import ClaimState, Study
 
