@@ -98,7 +98,8 @@ def test_runs_of_the_sweep_are_runs_of_ours(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_run_of_the_sweep_is_the_agents(tiny_text: Path, tmp_path: Path):
     command = sweep_commands()[-1]
-    smaller = f"--data {tiny_text} --model.width 8 --training.steps 2 --training.valid_every 2 --data.length 8"
+    smaller = f"--data {tiny_text} --model.width 8 --training.steps 2 --training.valid_every 2 --data.length 8 "
+    smaller += "--data.batch_size 8 --training.recompute_batches 1 --training.activations_every 0"
     agent = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "abcd1234", "WANDB_RUN_ID": "wxyz5678"}
     environment = os.environ | agent | {"PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path)}
     done = subprocess.run(

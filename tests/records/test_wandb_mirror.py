@@ -235,6 +235,8 @@ def test_what_probes_found_is_added_to_the_run(tmp_path: Path) -> None:
     assert [rows[number]["lag"] for number in range(3, 7)] == [0, 1, 2, 3]
     assert [rows[number]["by_lag/gradient_flow/gradient_norm"] for number in range(3, 7)] == [1.0, 0.5, 0.25, 0.125]
     assert all("step" not in rows[number] for number in range(3, 7)), "they are not over steps"
+    counted = [rows[number]["_step"] for number in range(7)]
+    assert counted == sorted(set(counted)), "W&B wants each number of a row once, and rising"
     summary = server.summaries[done["id"]]
     expected = {"test_loss_nats": 1.25, "train_loss_nats": 1.0, "step": 2, "outcome": "finished"}
     assert summary.items() >= {**expected, "probe/gradient_flow/gradient_ratio": 0.125}.items()

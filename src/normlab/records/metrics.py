@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-__all__ = ["ALONG", "METRICS", "Along", "Metric", "find_metric", "probe_rows", "probe_summary", "probe_summary_of_run"]
+__all__ = ["ALONG", "METRICS", "Along", "Metric", "find_metric", "probe_summary", "probe_summary_of_run"]
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,21 @@ class Along:
         """In W&B."""
         return f"by_{self.axis}/{self.probe}/{quantity}{f'.{site}' if self.by_site else ''}"
 
+    def rows(self, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """What is logged of the probe's rows, one for each place on the axis: means over layers."""
+        places: dict[int, dict[str, list[float]]] = {}
+        for row in rows:
+            if row.get(self.column) is None or row.get("kind", "") != self.kind:
+                continue
+            values = places.setdefault(row[self.column], {})
+            for quantity, _, _ in self.quantities:
+                if row[quantity] is not None:
+                    values.setdefault(self.name(quantity, row.get("site", "")), []).append(row[quantity])
+        return [
+            {self.axis: place, **{name: statistics.fmean(each) for name, each in values.items()}}
+            for place, values in sorted(places.items())
+        ]
+
 
 ALONG = (
     Along(
@@ -287,24 +302,3 @@ def probe_summary_of_run(probe: str, rows: Iterable[Mapping[str, Any]], run_id: 
     """What a probe of several runs found for one of them, by its names in W&B."""
     row = next((row for row in rows if row.get("run") == run_id), {})
     return probe_summary(probe, {name: value for name, value in row.items() if name not in ("run", "seed")})
-
-
-def probe_rows(probe: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """By axis the rows of a probe that are logged, one for each place on the axis: means over layers."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for along in ALONG:
-        if along.probe != probe:
-            continue
-        places: dict[int, dict[str, list[float]]] = {}
-        for row in rows:
-            if row.get(along.column) is None or row.get("kind", "") != along.kind:
-                continue
-            values = places.setdefault(row[along.column], {})
-            for quantity, _, _ in along.quantities:
-                if row[quantity] is not None:
-                    values.setdefault(along.name(quantity, row.get("site", "")), []).append(row[quantity])
-        found[along.axis] = [
-            {along.axis: place, **{name: statistics.fmean(each) for name, each in values.items()}}
-            for place, values in sorted(places.items())
-        ]
-    return found

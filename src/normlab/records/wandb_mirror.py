@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 
 from normlab.config import RunConfig, config_to_dict, model_label
 from normlab.records.environment import program
-from normlab.records.metrics import probe_rows, probe_summary, probe_summary_of_run
+from normlab.records.metrics import ALONG, probe_summary, probe_summary_of_run
 from normlab.records.record import RunRecord
 
 __all__ = ["Account", "WandbMirror", "mirror_probes"]
@@ -32,6 +32,8 @@ __all__ = ["Account", "WandbMirror", "mirror_probes"]
 ANSWER_SECONDS = 2.0
 INIT_SECONDS = 5.0
 FINISH_SECONDS = 5.0
+ROWS_APART = 10_000
+"""Between the rows of different probes in W&B's own count: it wants each number once, whichever part they come in."""
 
 
 def _to_stderr(line: str) -> None:
@@ -102,18 +104,18 @@ class WandbMirror:
         """One row: `metrics` at `step` (optimizer steps) and `seconds` (training time)."""
         self._attempt(lambda run: run.log({**metrics, "step": step, "seconds": seconds}, step=step))
 
-    def log_along(self, axis: str, rows: Iterable[Mapping[str, Any]], after_step: int) -> None:
+    def log_along(self, axis: str, rows: Iterable[Mapping[str, Any]], first: int) -> None:
         """Rows over an axis other than training, such as `time_step`, which each of them holds.
 
         Args:
-            after_step: the last one of the training: W&B counts on from there.
+            first: number of the first one in W&B's own count of rows, which goes on from the steps of the training.
         """
 
         def send(run: Any) -> None:
             # By full names: which of two patterns wins is not said anywhere. The axis too, or it would be over `step`.
             run.define_metric(axis)
             known = {axis}
-            for number, row in enumerate(rows, max(run.step, after_step + 1)):
+            for number, row in enumerate(rows, max(run.step, first)):
                 for name in row.keys() - known:
                     run.define_metric(name, step_metric=axis)
                     known.add(name)
@@ -174,12 +176,14 @@ def mirror_probes(
         outcome = record.outcome()
         # All that is known: an upload puts the summary of the last part of a run in place of those before.
         summary = _last_values(record.metrics()) | {"outcome": outcome.state, **outcome.results} | _probed(record)
-        for name, values in found.items():
-            if len(records) > 1:
+        if len(records) > 1:
+            for name, values in found.items():
                 summary |= probe_summary_of_run(name, values["rows"], record.id)
-                continue
-            for axis, rows in probe_rows(name, values["rows"]).items():
-                mirror.log_along(axis, rows, outcome.step)
+        else:
+            for place, along in enumerate(ALONG):
+                if along.probe in found:
+                    rows = along.rows(found[along.probe]["rows"])
+                    mirror.log_along(along.axis, rows, outcome.step + 1 + place * ROWS_APART)
         mirror.summary(summary)
         mirror.finish()
     return mirror
