@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("WANDB_SILENT", "true")  # before wandb is imported: what is said is said in one line, by us
-import wandb_workspaces.reports.v2 as reports
+import wandb_workspaces.reports.v2.interface as reports
 import wandb_workspaces.workspaces as workspaces
 from wandb_workspaces import expr
 
@@ -84,7 +84,7 @@ def spec_of(item: workspaces.Workspace | reports.Report) -> dict[str, Any]:
 
 def default_entity() -> str:
     """The account's, asked of the server."""
-    return str(reports.Report(project="").entity)
+    return str(reports.Report(project="", title="").entity)
 
 
 def save(item: workspaces.Workspace | reports.Report, ids: Mapping[str, str]) -> tuple[str, dict[str, str]]:
@@ -214,14 +214,13 @@ def _name_all(dashboard: Dashboard) -> None:
     """Ids by place, where the library draws them at random: the same dashboard is the same file."""
     for key, view in dashboard.views.items():
         for section in view.sections:
-            for number, panel in enumerate(section.panels):
-                panel._id = _id(key, section.name, number)
+            _name(section.panels, key, section.name)
     for number, block in enumerate(dashboard.report.blocks):
         if isinstance(block, reports.PanelGrid):
-            for kind, items in (("runs", block.runsets), ("panel", block.panels)):
-                for place, item in enumerate(items):
-                    item._id = _id("report", number, kind, place)
+            _name(block.runsets, "report", number, "runs")
+            _name(block.panels, "report", number, "panels")
 
 
-def _id(*place: object) -> str:
-    return hashlib.sha256(repr(place).encode()).hexdigest()[:12]
+def _name(items: Iterable[Any], *place: object) -> None:
+    for number, item in enumerate(items):
+        item._id = hashlib.sha256(repr((*place, number)).encode()).hexdigest()[:12]
