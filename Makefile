@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study report exact test check format watch dashboard norms metrics bench lock clean
+.PHONY: help setup train study report exact test check format status watch dashboard norms metrics bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -73,9 +73,11 @@ format: $(READY) ## format and fix what can be fixed
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-watch: $(READY) ## open the terminal viewer on local runs
-	@test -d runs/wandb || { echo "there is no run in runs/wandb to watch yet: make train"; exit 2; }
-	@$(VENV)/bin/wandb leet runs/wandb
+status: $(READY) ## how far all runs are, also while they run; ARGS: --watch, --state running,failed, --claim d2, --json
+	@$(PY) -m normlab status $(ARGS)
+
+watch: $(READY) ## watch runs in the terminal: their curves if W&B mirrors them, else the table of make status, live
+	@$(PY) -m normlab watch $(ARGS)
 
 dashboard: $(READY) ## W&B workspaces and report of all arguments: ENTITY PROJECT; without an account as files
 	@$(PY) scripts/wandb_workspace.py $(if $(ENTITY),--entity "$(ENTITY)") $(if $(PROJECT),--project "$(PROJECT)") $(ARGS)
