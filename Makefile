@@ -8,6 +8,8 @@ CONFIG ?=
 CLAIM ?=
 SCALE ?=
 WHERE ?=
+ENTITY ?=
+PROJECT ?=
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -21,7 +23,7 @@ quoted = '$(subst ','\'',$(value $(1)))'
 flag = $(if $(value $(2)),$(1) $(call quoted,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study report exact test check format status watch norms bench lock clean
+.PHONY: help setup train study report exact test check format status watch dashboard norms metrics bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -84,8 +86,14 @@ status: $(READY) ## how far all runs are, also while they run; ARGS: --watch, --
 watch: $(READY) ## watch runs in the terminal: their curves if W&B mirrors them, else the table of make status, live
 	@$(PY) -m normlab watch $(ARGS)
 
+dashboard: $(READY) ## W&B workspaces and report of all arguments: ENTITY PROJECT; without an account as files
+	@$(PY) scripts/wandb_workspace.py $(if $(ENTITY),--entity "$(ENTITY)") $(if $(PROJECT),--project "$(PROJECT)") $(ARGS)
+
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py
+
+metrics: $(READY) ## write docs/metrics.md anew from the list of what runs log
+	@$(PY) scripts/metrics_table.py
 
 bench: $(READY) ## what norms cost in an LSTM (beside torch.nn.LSTM) and in a Transformer (beside ln); ARGS: the LSTM alone
 	@$(PY) scripts/bench_recurrence.py $(ARGS)

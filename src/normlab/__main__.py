@@ -180,9 +180,15 @@ def _probe(arguments: list[str]) -> int:
     options = _parse(parser, rest).as_dict()
     runs, runs_dir = options.pop("runs"), options.pop("runs_dir")
     from normlab.probes.listing import show_measurement
+    from normlab.records.record import RunRecord
+    from normlab.records.wandb_mirror import mirror_probes
     from normlab.training.probing import run_probe
 
-    show_measurement(run_probe(cls(**options), runs, runs_dir=runs_dir))
+    measured = run_probe(cls(**options), runs, runs_dir=runs_dir)
+    show_measurement(measured)
+    mirror = mirror_probes([name], [RunRecord.open(run, runs_dir) for run in runs])
+    if mirror is not None and mirror.where():
+        print(mirror.where())
     return 0
 
 

@@ -48,11 +48,14 @@ def perform(job: Job) -> bool:
             return False
     missing = job.missing_probes()
     if missing:
+        from normlab.records.wandb_mirror import mirror_probes
         from normlab.training.probing import run_probe
 
+        measured = job.measured()
         for name in missing:
-            folders = [record.folder for record in job.measured()]
+            folders = [record.folder for record in measured]
             run_probe(name, folders, job.probes[name], job.config.output.runs_dir)
+        mirror_probes(missing, measured)
     if is_whole:  # else this is the time of a part
         write_atomically(job.record.folder / JOB_FILE, to_json({"job_seconds": time.monotonic() - BEGAN}) + "\n")
     return True
