@@ -271,12 +271,12 @@ def test_of_runs_measured_together_each_gets_its_own(tmp_path: Path, monkeypatch
 
 
 def test_the_agent_of_a_sweep_gives_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_RUN_ID", "by-the-agent")
+    monkeypatch.setenv("WANDB_RUN_ID", "ag3ntid0")
     monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
     own = wandb_mirror._wandb_id(tmp_path)
     assert own.startswith(tmp_path.name)
     assert wandb_mirror._wandb_id(tmp_path) == own
     monkeypatch.setenv("WANDB_SWEEP_ID", "a-sweep")
-    assert wandb_mirror._wandb_id(tmp_path) == "by-the-agent"
+    assert wandb_mirror._wandb_id(tmp_path) == "ag3ntid0"
     monkeypatch.delenv("WANDB_SWEEP_ID")
-    assert wandb_mirror._wandb_id(tmp_path) == "by-the-agent", "what is added later goes there too"
+    assert wandb_mirror._wandb_id(tmp_path) == "ag3ntid0", "what is added later goes there too"
