@@ -7,7 +7,7 @@ import statistics
 
 from normlab.config import OptimConfig, OutputConfig, RunConfig, run_id
 
-__all__ = ["Durations", "duration"]
+__all__ = ["Durations", "duration", "likes"]
 
 
 class Durations:
@@ -20,12 +20,12 @@ class Durations:
         self._seconds: dict[str, dict[str, float]] = {}
 
     def add(self, config: RunConfig, seconds: float) -> None:
-        for like in _likes(config):
+        for like in likes(config):
             self._seconds.setdefault(like, {})[run_id(config)] = seconds
 
     def estimate(self, config: RunConfig) -> float | None:
         """Median seconds of the runs most like it; None if there are none."""
-        for like in _likes(config):
+        for like in likes(config):
             if like in self._seconds:
                 return statistics.median(self._seconds[like].values())
         return None
@@ -40,7 +40,8 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _likes(config: RunConfig) -> tuple[str, str]:
+def likes(config: RunConfig) -> tuple[str, str]:
+    """Names for what a run is like: what it shares with runs of other seeds and rates; and with those of other norms."""
     same = dataclasses.replace(config, seed=0, optim=OptimConfig(), output=OutputConfig())
     # Config files of architectures are not read again: `from_file` holds what they said.
     norm = {"norm": "none", "norm_options": type(config.model.norm_options)()}

@@ -1,1 +1,1 @@
-"""What is found out once about the machine at hand and kept: its processor, a folder, its fastest matrix products."""
+"""What is found out about the machine at hand: its limits; kept: its processor, its fastest matrix products."""
