@@ -41,7 +41,7 @@ def duration(seconds: float | None) -> str:
 
 
 def likes(config: RunConfig) -> tuple[str, str]:
-    """Names for what a run is like: what it shares with runs of other seeds and rates; and with those of other norms."""
+    """Names of what a run has in common with others: with those of another seed and rate, and of another norm too."""
     same = dataclasses.replace(config, seed=0, optim=OptimConfig(), output=OutputConfig())
     # Config files of architectures are not read again: `from_file` holds what they said.
     norm = {"norm": "none", "norm_options": type(config.model.norm_options)()}
