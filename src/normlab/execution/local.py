@@ -32,6 +32,9 @@ WORKER = ("-m", "normlab.execution.worker")
 STOP_SECONDS = 60.0
 """How long a worker has to end its step and write a checkpoint before it is killed."""
 
+LOST = 255
+"""What multiprocessing says of a worker whose server is gone."""
+
 # What the server starts with.
 SERVER_ENVIRONMENT = {
     # A pool of threads would not survive a fork; each worker makes its own.
@@ -242,6 +245,8 @@ def _reason(code: int | None, log: Path) -> str:
         return ""
     if code in (-signal.SIGTERM, 128 + signal.SIGTERM):
         return "stopped"
+    if code == LOST:
+        return "lost: the server that workers are forked from ended"
     if code is not None and code < 0:
         hint = "; out of memory?" if code == -signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"

@@ -152,15 +152,15 @@ class Sharing(ABC):
             return False
         fewer = beside // 2
         if is_sure and self.memory_mib:
-            self.needs.add(job.config, Need(self._fitting_mib() / fewer))
+            self.needs.add(job.config, Need(MEMORY_SHARE * self.memory_mib / fewer))
         if fewer < self._most:
             self._most = fewer
             how = "out of memory" if is_sure else "killed, as for memory,"
             self._say(f"{job.id}: {how} with {beside} at once: {fewer} from now on, and it runs again")
         return True
 
-    def _fitting_mib(self) -> float:
-        return MEMORY_SHARE * self.memory_mib
+    def _fitting(self, need: Need) -> int:
+        return int(MEMORY_SHARE * self.memory_mib / need.memory_mib + 1e-6)
 
     def _choose(self, number: int, why: str) -> int:
         line = f"{number} at once: {why}"
@@ -185,8 +185,8 @@ class CoreSharing(Sharing):
         need = self.needs.largest()
         if need is None or not self.memory_mib:
             return self.size
-        fitting = int(self._fitting_mib() / need.memory_mib)
-        if fitting >= self.size:
+        fitting = self._fitting(need)
+        if fitting >= min(self.size, self._most):
             return self.size
         memory = f"{need.memory_mib:,.0f} of the {self.memory_mib:,.0f} MiB that were free"
         return self._choose(max(1, fitting), f"a run takes {memory}, so that {self.size} do not fit")
@@ -221,7 +221,7 @@ class GpuSharing(Sharing):
         need = self.needs.largest()
         if need is None or not need.utilization:
             return self._choose(1, "what a run takes of its GPU is measured first")
-        by_memory = int(self._fitting_mib() / need.memory_mib)
+        by_memory = self._fitting(need)
         by_time = math.ceil(TIME_SHARE / need.utilization)
         number = max(1, min(by_memory, by_time, self._cores_each))
         takes = f"{need.memory_mib:,.0f} of {self.memory_mib:,.0f} MiB and {need.utilization:.0%} of its time"
