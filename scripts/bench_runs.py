@@ -81,7 +81,7 @@ WAYS = {
 
 
 def families(steps: int, accelerator: str) -> dict[str, RunConfig]:
-    """The runs that are timed, on the text that everybody has: two that arguments share, cut to `steps`, and a tiny one."""
+    """The runs that are timed, on the text that everybody has: two that arguments share, of `steps`, and a tiny one."""
     lstm, transformer = CHAR_LSTM["small"], char_transformer("pre")["small"]
     tiny = dataclasses.replace(lstm, model=dataclasses.replace(lstm.model, width=16))
     found = {}

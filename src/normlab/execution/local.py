@@ -92,7 +92,9 @@ class LocalWorkers:
     ) -> None:
         self.size = size
         self.folder = folder
-        self._gpus, self._runs_per_gpu, self._say = gpus, runs_per_gpu, say
+        self.gpus = gpus
+        self.runs_per_gpu = runs_per_gpu
+        self._say = say
         self._method: Method = method
         self._sharing: Sharing | None = None
         self._workers: list[_Worker] = []
@@ -100,9 +102,9 @@ class LocalWorkers:
     def __enter__(self) -> LocalWorkers:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "needs.json"
-        if self._gpus:
-            needs = Needs(path, " + ".join(sorted({gpu.model for gpu in self._gpus})))
-            self._sharing = GpuSharing(self._gpus, self._runs_per_gpu, needs, available_cores(), self._say)
+        if self.gpus:
+            needs = Needs(path, " + ".join(sorted({gpu.model for gpu in self.gpus})))
+            self._sharing = GpuSharing(self.gpus, self.runs_per_gpu, needs, available_cores(), self._say)
         else:
             self._sharing = CoreSharing(self.size, Needs(path, "cores"), self._say)
         return self
@@ -179,7 +181,7 @@ class LocalWorkers:
 
     def _environment(self, place: int) -> dict[str, str]:
         entries, cores = self.sharing.entries, available_cores()
-        together = min(self.size, len(entries) * self.sharing.at_once()) if self._gpus else self.size
+        together = min(self.size, len(entries) * self.sharing.at_once()) if self.gpus else self.size
         threads = str(max(1, cores // together))
         entry = entries[place]
         visible = {} if entry is None else {"CUDA_VISIBLE_DEVICES": entry}
