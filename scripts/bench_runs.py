@@ -41,6 +41,7 @@ from benchmarking import (
 
 from normlab.claims.families import CHAR_LSTM, char_transformer
 from normlab.config import InputError, OutputConfig, RunConfig
+from normlab.data.pydocs import load_pydocs
 from normlab.execution.engine import Engine
 from normlab.execution.gpus import Gpu, visible_gpus
 from normlab.execution.jobs import Job
@@ -49,7 +50,8 @@ from normlab.records.environment import available_cores
 
 RESULT = ROOT / "results" / "bench_runs.json"
 PAGE = ROOT / "docs" / "running.md"
-POLL_SECONDS = 0.01
+POLL_SECONDS = 0.05
+CHARACTERS = 200_000
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,15 @@ WAYS = {
 """The first is what studies do."""
 
 
-def families(steps: int, accelerator: str) -> dict[str, RunConfig]:
-    """The runs that are timed, on the text that everybody has: two that arguments share, of `steps`, and a tiny one."""
+def families(steps: int, accelerator: str, text: Path) -> dict[str, RunConfig]:
+    """The runs that are timed: two that arguments share, cut to `steps`, and a tiny one."""
     lstm, transformer = CHAR_LSTM["small"], char_transformer("pre")["small"]
     tiny = dataclasses.replace(lstm, model=dataclasses.replace(lstm.model, width=16))
     found = {}
     for name, config in {"LSTM (section D)": lstm, "Transformer (section E)": transformer, "tiny LSTM": tiny}.items():
         training = dataclasses.replace(config.training, steps=steps, accelerator=accelerator, checkpoint_every=steps)
         model = dataclasses.replace(config.model, norm="ln")
-        data = dataclasses.replace(config.data, corpus="pydocs")
+        data = dataclasses.replace(config.data, corpus=str(text))
         found[name] = dataclasses.replace(config, model=model, data=data, training=training)
     return found
 
@@ -125,9 +127,19 @@ def measured(arguments: Sequence[str], options: argparse.Namespace, cores: int) 
     gpus = visible_gpus() if options.device == "cuda" else []
     if options.device == "cuda" and not gpus:
         raise InputError("nvidia-smi and CUDA_VISIBLE_DEVICES name no GPU here; leave --device out")
+    with tempfile.TemporaryDirectory() as folder:
+        # Read to its end by the final test of each run, so that it is cut as the steps are.
+        text = Path(folder) / "text.txt"
+        text.write_text("\n\n".join(load_pydocs()["train"].texts)[:CHARACTERS], encoding="utf-8")
+        return measured_on(text, arguments, options, cores, gpus)
+
+
+def measured_on(
+    text: Path, arguments: Sequence[str], options: argparse.Namespace, cores: int, gpus: Sequence[Gpu]
+) -> dict[str, Any]:
     conditions = Conditions("bench_runs.py", arguments, [])
     steps, fewest = (2, 1) if options.quick else (options.steps, FEWEST_PAIRS)
-    runs = families(steps, "gpu" if gpus else "cpu")
+    runs = families(steps, "gpu" if gpus else "cpu", text)
     usual = next(iter(WAYS))
     cells = [
         (family, way, at_once)
@@ -155,7 +167,14 @@ def measured(arguments: Sequence[str], options: argparse.Namespace, cores: int) 
             {"family": family, "way": way, "at_once": at_once, "threads": max(1, cores // at_once)}
             | {"runs_per_hour": median, "quartiles": quartiles, "waves": len(hourly)}
         )
-    return {"unit": "runs per hour", "steps": steps, "gpus": len(gpus), **conditions.as_dict(), "rows": rows}
+    return {
+        "unit": "runs per hour",
+        "steps": steps,
+        "characters": CHARACTERS,
+        "gpus": len(gpus),
+        **conditions.as_dict(),
+        "rows": rows,
+    }
 
 
 def wave(way: Way, config: RunConfig, at_once: int, gpus: Sequence[Gpu]) -> tuple[int, float]:
@@ -192,10 +211,11 @@ def page_block(result: Mapping[str, Any]) -> str:
     header = ["run", "each is", *(f"{number} x {threads[number]}" for number in counts)]
     table = [[*names, *(of_count.get(number, "–") for number in counts)] for names, of_count in cells.items()]
     where = f"on each of {result['gpus']} GPUs, with threads as on the cores" if result["gpus"] else "on the cores"
+    waves = min(row["waves"] for row in result["rows"])
     return (
-        f"{markdown_table(header, table)}\n\n{sentence(result)} Runs per hour, of {result['steps']} steps each with "
-        f"all that belongs to a run; workers x threads {where}; the median over at least "
-        f"{min(row['waves'] for row in result['rows'])} waves."
+        f"{markdown_table(header, table)}\n\n{sentence(result)} Runs per hour, of {result['steps']} steps each on "
+        f"{result['characters']:,} characters with all that belongs to a run; workers x threads {where}; the median "
+        f"over at least {waves} waves."
     )
 
 

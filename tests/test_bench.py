@@ -166,7 +166,7 @@ def test_runs_per_hour_of_each_way(scripts: dict[str, ModuleType], monkeypatch: 
     result = tmp_path / "bench.json"
     bench.main(["--at-once", "1", "2", "4", "--seconds", "0", "--result", str(result)])
     found = json.loads(result.read_text())
-    families = list(bench.families(2, "cpu"))
+    families = list(bench.families(2, "cpu", tmp_path))
     assert [(row["family"], row["way"], row["at_once"], row["threads"], row["waves"]) for row in found["rows"]] == [
         (family, *rest)
         for family in families

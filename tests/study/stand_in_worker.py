@@ -1,8 +1,8 @@
 """A worker that trains nothing: it writes the record that its job would have had, at once. No torch.
 
 In `<runs_dir>/orders.json`, by arm's norm: "fail" (each time), "fail once", "no memory twice" (in tuning), "die"
-(killed), "wait" (until stopped), "diverge", "diverge at 1" (seed 1 alone), "nothing" (ends well and leaves nothing); for
-jobs that measure runs together: "fail together", "fail together once". Each start is a line of `<runs_dir>/starts`.
+(killed), "wait" (until stopped), "diverge", "diverge at 1" (seed 1 alone), "nothing" (ends well and leaves nothing);
+for jobs that measure runs together: "fail together", "fail together once". Each start is a line of `<runs_dir>/starts`.
 """
 
 from __future__ import annotations

@@ -138,16 +138,17 @@ class LocalWorkers:
                 paths.append(self.folder / f"{job.id}.yaml")
                 write_job(paths[-1], job)
             log = self.log(group[0])
+            for job in group:
+                self.log(job).unlink(missing_ok=True)  # may lead to that of an earlier group
             log.write_bytes(b"")
             for job in group[1:]:  # who looks for the log of one finds that of the group
-                self.log(job).unlink(missing_ok=True)
                 self.log(job).symlink_to(log.name)
             place = min(range(len(self.sharing.entries)), key=lambda place: len(self._on(place)))
             process = _start(paths, log, self._environment(place), self._method)
             self._workers.append(_Worker(list(group), process, log, place))
             together = self._on(place)
-            for worker in together:
-                worker.beside = max(worker.beside, len(together))
+            for each in together:
+                each.beside = max(each.beside, len(together))
 
     def log(self, job: Job) -> Path:
         return self.folder / f"{job.id}.log"
