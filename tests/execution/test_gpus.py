@@ -57,7 +57,7 @@ def test_without_nvidia_smi_the_variable_alone_counts(tmp_path: Path, monkeypatc
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert visible_gpus() == []
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-8932f937")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-8932f937,-1,2")
     assert visible_gpus() == [Gpu("0"), Gpu("GPU-8932f937")]
     assert gpu_loads() == {}
 

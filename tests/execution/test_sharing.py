@@ -127,10 +127,11 @@ def _measure(
     nvidia_smi(loads="GPU-a, 1000, 0\n")
     share = GpuSharing([GPU], 0, Needs(path, GPU.model), cores, said.append)
     assert share.at_once() == 1, "the first is measured"
-    nvidia_smi(loads=f"GPU-a, {used}, {busy}\n")
     share.needs.want(job.config)
     record = RunRecord.create(job.config)
+    nvidia_smi(loads="GPU-a, 99000, 100\n")
     share.look({0: job})  # not training yet
+    nvidia_smi(loads=f"GPU-a, {used}, {busy}\n")
     record.log(1, 0.1, {"train_loss_nats": 2.5})
     for _ in range(sharing.SAMPLES + 2):
         share.look({0: job})
