@@ -79,7 +79,7 @@ WAYS = {
     "forked from a server": Way(local_workers("forkserver")),
     "a Python for each": Way(local_workers("spawn")),
 }
-"""The first is what studies do."""
+"""The first is what studies do. Another way is another line here."""
 
 
 def families(steps: int, accelerator: str, text: Path) -> dict[str, RunConfig]:

@@ -61,10 +61,11 @@ class _Worker:
 class LocalWorkers:
     """Worker processes on this machine. As a context it stops those that still run, with a checkpoint each.
 
-    By default one on each core with one thread: from one worker with all cores to that, runs per hour only rise, and
-    they do not beyond (docs/running.md has the measurement). The cores are shared out among `size` workers, at least
-    one thread each. These stay as they are when memory allows fewer workers, or the last few runs are left: the number
-    of threads decides the last bits of a result, which must not depend on what else runs.
+    By default a study has one on each core, with one thread. The rule is the fewest workers beyond which runs per hour
+    no longer rise, as `make bench-runs` measures it (docs/running.md): a run waits for nothing but its core, threads
+    wait for each other. Fewer workers share out the cores as threads. These stay as they are when memory allows fewer
+    workers, or the last few runs are left: their number decides the last bits of a result, which must not depend on
+    what else runs.
 
     On GPUs each worker has one, and its share of the cores. How many are together there is asked for or measured
     (`GpuSharing`). A run that did not get the memory it wanted beside others runs again, beside fewer.
