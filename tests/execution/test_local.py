@@ -242,7 +242,7 @@ def _wait(pool: LocalWorkers) -> list[Ended]:
 
 
 def _until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120  # a server that starts on a busy machine
     while not holds():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.02)

@@ -150,6 +150,7 @@ def _measure(
         (4_000, 5, 6, 6),  # by cores
         (96_000, 5, 64, 1),
         (1_500, 0, 64, 64),
+        (1_000, 50, 64, 2),  # nothing seen of its memory
     ],
 )
 def test_runs_per_gpu_are_chosen_from_a_run_alone(

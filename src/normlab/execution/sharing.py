@@ -160,7 +160,7 @@ class Sharing(ABC):
         return True
 
     def _fitting(self, need: Need) -> int:
-        return int(MEMORY_SHARE * self.memory_mib / need.memory_mib + 1e-6)
+        return int(MEMORY_SHARE * self.memory_mib / max(1.0, need.memory_mib) + 1e-6)
 
     def _choose(self, number: int, why: str) -> int:
         line = f"{number} at once: {why}"
