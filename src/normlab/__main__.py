@@ -203,7 +203,8 @@ def _study(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the runs instead")
     parser.add_argument("--where", type=Literal["local"], default="local", help="local: processes on this machine")
-    parser.add_argument("--workers", type=int, default=0, help="runs at once; 0 takes one per core, at scale full 1")
+    parser.add_argument("--workers", type=int, default=0, help="runs at once, at most; 0 takes one per core")
+    parser.add_argument("--runs-per-gpu", type=int, default=0, help="at scale full; 0 has it measured")
     parser.add_argument("--wandb", type=Literal["auto", "online", "offline", "off"], default="off", help="as of train")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     parser.add_argument("--results_dir", type=str, default="results", help="folder of the tables")
@@ -212,7 +213,7 @@ def _study(arguments: list[str]) -> int:
     from normlab.study.command import study
 
     output = OutputConfig(runs_dir=options.runs_dir, wandb=options.wandb, progress=False)
-    execution = ExecutionOptions(where=options.where, workers=options.workers)
+    execution = ExecutionOptions(where=options.where, workers=options.workers, runs_per_gpu=options.runs_per_gpu)
     return study(options.claim, options.scale, output, Path(options.results_dir), execution, dry_run=options.dry_run)
 
 

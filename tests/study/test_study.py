@@ -126,6 +126,15 @@ def test_a_diverged_run_counts_as_worst_and_stays(bench: Bench):
     assert all(math.isnan(row.value) for row in rows if row.phase == "tuning")
 
 
+def test_a_run_that_lacked_memory_beside_others_runs_again_beside_fewer(bench: Bench):
+    bench.order(bn_step="no memory twice")
+    code, said = bench.run(workers=4)
+    assert code == 0, "the first of two failures was not its own"
+    assert "failed twice" not in said
+    assert "4 at once: 2 from now on, and it runs again" in said
+    assert Counter(Counter(bench.starts()).values()) == {1: 6, 3: 2}
+
+
 def test_a_run_of_another_process_is_left_to_it_and_waited_for(bench: Bench):
     study = bench.study()
     job = study.jobs([study.state(study.claims[0])])[0]

@@ -92,6 +92,7 @@ def test_a_kill_leaves_a_record_that_goes_on(tiny_text: Path, tmp_path: Path):
     assert "going on from step" in out
     steps = [row["step"] for row in record.metrics() if "train_loss_nats" in row]
     assert steps == sorted(set(steps))
+    assert record.environment()["begun_with"]["threads"] == 1, "they decide the last bits"
 
 
 @pytest.mark.slow

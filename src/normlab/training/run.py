@@ -347,8 +347,9 @@ class _Run:
             self._say(leak_warning(self.module))
         before = self.record.environment()
         if before:
-            kept = ("machine", "versions", "git")
-            environment["begun_with"] = before.get("begun_with", {name: before[name] for name in kept})
+            kept = ("machine", "versions", "git", "threads")
+            begun_with = {name: before[name] for name in kept if name in before}
+            environment["begun_with"] = before.get("begun_with", begun_with)
         self.record.write_environment(environment)
 
 
