@@ -33,9 +33,11 @@ from normlab.config import InputError, RunConfig, config_from_dict, config_to_di
 from normlab.records.disk import append, parse_json, to_json, write_atomically
 from normlab.records.lock import FolderLock
 
-__all__ = ["Outcome", "RunRecord", "record_ids"]
+__all__ = ["OUT_OF_MEMORY", "Outcome", "RunRecord", "record_ids"]
 
 FORMAT_VERSION = 1
+OUT_OF_MEMORY = "out of memory"
+"""How the reason of a run begins that failed because memory ran out; fewer runs at once may do."""
 State = Literal["running", "finished", "diverged", "interrupted", "failed"]
 
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import pytorch_lightning as pl
-import torch
 
 from normlab.data.batches import Batch
 from normlab.norms.recompute import StatisticsGap, recompute_statistics, stores_statistics
@@ -52,8 +51,7 @@ def evaluate_best(
         say: takes one line for the user.
     """
     if checkpoints.best_step != trainer.global_step:
-        best = torch.load(checkpoints.best, map_location="cpu", weights_only=True)
-        module.load_state_dict(best["state_dict"])
+        module.load_state_dict(checkpoints.load_best()["state_dict"])
     best_step = checkpoints.best_step
     if saw_all:
         best_row = [row for row in record.metrics() if row["step"] == best_step and "valid_loss_nats" in row][-1]
