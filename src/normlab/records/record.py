@@ -131,7 +131,9 @@ class RunRecord:
         """
         self._acquire()
         for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            # A config is written before the lock is taken, and another process may be at it.
+            if not leftover.name.startswith(".config.yaml."):
+                leftover.unlink(missing_ok=True)
         self._write_outcome(Outcome("running", step=step, seconds=seconds))
 
     def log(self, step: int, seconds: float, metrics: Mapping[str, Any]) -> None:

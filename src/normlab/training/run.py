@@ -105,11 +105,13 @@ def train(config: RunConfig) -> RunRecord:
     accelerator = require_accelerator(config.training.accelerator, place.local_world)
     batch_size = datamodule.train_dataloader().batch_size
     require_rows(module, batch_size, config)
+    record = RunRecord(Path(config.output.runs_dir) / name, config)
     if place.is_first:
-        record = RunRecord.create(config)
-        record.start()
-    else:
-        record = RunRecord(Path(config.output.runs_dir) / name, config)
+        try:
+            record = RunRecord.create(config)
+            record.start()
+        except OSError as error:
+            raise InputError(explain(error, record, config)) from error
     run = None
     try:
         run = _Run(config, text, datamodule, module, record, console, place, accelerator, batch_size)
