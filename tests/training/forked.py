@@ -53,11 +53,15 @@ def begin(
         environment: variables to add.
         before: called in the new process first.
     """
-    program = (list(arguments), str(log), dict(environment or {}), before)
-    process = _processes.Process(target=_main, args=program)
+    return run(_main, (list(arguments), dict(environment or {}), before), log)
+
+
+def run(target: Callable[..., object], arguments: Sequence[object], log: Path) -> Program:
+    """`target(*arguments)` in such a process."""
     out, err = (log.with_suffix(suffix) for suffix in (".out", ".err"))
     for file in (out, err):
         file.write_bytes(b"")
+    process = _processes.Process(target=_call, args=(target, tuple(arguments), out, err))
     process.start()
     return Program(process, out, err)
 
@@ -95,9 +99,13 @@ def torchrun(
     ]
 
 
-def _main(arguments: list[str], log: str, environment: dict[str, str], before: Callable[[], object] | None) -> None:
-    for suffix, number in ((".out", 1), (".err", 2)):
-        os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_APPEND), number)
+def _call(target: Callable[..., object], arguments: tuple[object, ...], out: Path, err: Path) -> None:
+    for file, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    target(*arguments)
+
+
+def _main(arguments: list[str], environment: dict[str, str], before: Callable[[], object] | None) -> None:
     os.environ.update(environment)
     sys.argv = ["normlab", *arguments]
     if before is not None:

@@ -129,6 +129,7 @@ def test_killed_twenty_times(tiny_run: Callable[..., RunConfig], tmp_path: Path)
         assert kills < len(MOMENTS) or not moments
         if record.folder.exists():
             assert record.outcome().state == "interrupted"
+            assert record.outcome().reason in ("killed", "never started")
     if record.folder.exists():
         resume = begin(["train", "--resume", str(record.folder)], log)
         assert resume.wait() == 0, resume.said
