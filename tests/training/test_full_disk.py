@@ -122,7 +122,8 @@ def fill_and_free(folder: Path, config: RunConfig, report: Path) -> None:
 def test_a_full_disk_at_every_file(tiny_run: Build, tmp_path: Path):
     disk, report = tmp_path / "disk", tmp_path / "report.json"
     disk.mkdir()
-    config = tiny_run(model__norm="bn_step", training__checkpoint_every=2, output__runs_dir=str(disk))
+    short = {"training__checkpoint_every": 2, "training__recompute_batches": 2, "training__activations_every": 0}
+    config = tiny_run(model__norm="bn_step", model__width=8, **short, output__runs_dir=str(disk))
     program = run(fill_and_free, (disk, config, report), tmp_path / "log")
     assert program.wait(300) == 0, program.said
     found = json.loads(report.read_text())
