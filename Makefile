@@ -7,13 +7,14 @@ SEED ?=
 CONFIG ?=
 CLAIM ?=
 SCALE ?=
+WHERE ?=
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study report exact test check format watch norms bench lock clean
+.PHONY: help setup train study report exact test check format status watch norms bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -31,6 +32,7 @@ help: ## print this help
 	@echo "  variables of make study:"
 	@echo "    CLAIM   an argument's id or the beginning of it, the letter of a section, or all"
 	@echo "    SCALE   small (CPU, minutes) or full (one GPU)"
+	@echo "    WHERE   local (processes on this machine)"
 	@echo
 	@echo "  make train NORM=ln MODEL=lstm DATA=ptb_char SEED=3"
 	@echo "  every flag: $(PY) -m normlab train --help"
@@ -47,8 +49,8 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
 	@$(PY) -m normlab train $(if $(CONFIG),--config "$(CONFIG)") $(if $(MODEL),--model "$(MODEL)") $(if $(NORM),--norm "$(NORM)") $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
 
-study: $(READY) ## run what an argument still misses: CLAIM SCALE; without CLAIM list all
-	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(ARGS)
+study: $(READY) ## run what an argument still misses: CLAIM SCALE WHERE; without CLAIM list all
+	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WHERE),--where "$(WHERE)") $(ARGS)
 
 exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
 	@$(PY) -m normlab exact $(ARGS)
@@ -69,9 +71,11 @@ format: $(READY) ## format and fix what can be fixed
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-watch: $(READY) ## open the terminal viewer on local runs
-	@test -d runs/wandb || { echo "there is no run in runs/wandb to watch yet: make train"; exit 2; }
-	@$(VENV)/bin/wandb leet runs/wandb
+status: $(READY) ## how far all runs are, also while they run; ARGS: --watch, --state running,failed, --claim d2, --json
+	@$(PY) -m normlab status $(ARGS)
+
+watch: $(READY) ## watch runs in the terminal: their curves if W&B mirrors them, else the table of make status, live
+	@$(PY) -m normlab watch $(ARGS)
 
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py

@@ -7,6 +7,7 @@ is imported, so that a mistake is answered at once (what only transformers knows
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ usage: python -m normlab COMMAND ...
 commands:
   train   train one run and record it      python -m normlab train --norm ln --model lstm --data pydocs
   show    show the record of a run         python -m normlab show RUN
+  status  how far all runs are             python -m normlab status [--watch]
+  watch   curves, or the live table        python -m normlab watch
   study   run what an argument misses      python -m normlab study [CLAIM]
   exact   compute the exact arguments      python -m normlab exact
   probe   measure on a finished run        python -m normlab probe NAME RUN
@@ -58,7 +61,16 @@ python -m normlab COMMAND --help says more; `make` lists what make can do."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "show": _show, "probe": _probe, "study": _study, "report": _report, "exact": _exact}
+    commands = {
+        "train": _train,
+        "show": _show,
+        "status": _status,
+        "watch": _watch,
+        "probe": _probe,
+        "study": _study,
+        "report": _report,
+        "exact": _exact,
+    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -102,6 +114,56 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
+def _status(arguments: list[str]) -> int:
+    from normlab.records.status import Sort, Wanted, show_json, show_status, watch_status
+
+    parser = _parser("status", "How far all runs are: state, progress, losses, time left. Right while they run.")
+    parser.add_argument("runs_dir", type=str, nargs="?", default="runs", help="folder of records")
+    parser.add_argument("--state", type=str, default="", help="such as running,failed; empty takes all but archived")
+    parser.add_argument("--claim", type=str, default="", help="id of an argument or the beginning of one, such as d2")
+    parser.add_argument(
+        "--sort", type=Sort, default="state", help="state (under way first), run, loss (valid) or time (latest first)"
+    )
+    parser.add_argument(
+        "--limit", type=int | None, default=None, help="most runs to show, 0 for all; null: 50, in a pipe all"
+    )
+    parser.add_argument("--watch", action="store_true", help="go on showing them until Ctrl-C")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks of --watch")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+    options = _parse(parser, arguments)
+    states = tuple(state.strip() for state in options.state.split(",") if state.strip())
+    wanted, runs_dir = Wanted(states, options.claim, options.sort, options.limit), Path(options.runs_dir)
+    if options.json and options.watch:
+        raise InputError("--json prints once; leave out --watch")
+    if options.json:
+        show_json(runs_dir, wanted)
+    elif options.watch:
+        watch_status(runs_dir, wanted, options.every)
+    else:
+        show_status(runs_dir, wanted)
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    parser = _parser(
+        "watch",
+        "The curves of runs that W&B mirrors, in its terminal viewer; if it does not mirror all that is under way, "
+        "the table of status, live.",
+    )
+    parser.add_argument("runs_dir", type=str, nargs="?", default="runs", help="folder of records")
+    runs_dir = Path(_parse(parser, arguments).runs_dir)
+    from normlab.records.progress import RunsFolder
+    from normlab.records.status import Wanted, are_mirrored, watch_status
+
+    statuses, _ = RunsFolder(runs_dir).look()
+    program = Path(sys.executable).with_name("wandb")
+    if are_mirrored(statuses) and (runs_dir / "wandb").is_dir() and program.exists():
+        os.execv(program, [str(program), "leet", str(runs_dir / "wandb")])
+    hint = "curves: W&B mirrors not all of these runs; a study has it with --wandb offline (make study: in ARGS)"
+    watch_status(runs_dir, Wanted(), every=2.0, hint=hint)
+    return 0
+
+
 def _probe(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         from normlab.probes.listing import show_probes
@@ -136,17 +198,18 @@ def _study(arguments: list[str]) -> int:
         "--scale", type=Literal["small", "full"], default="small", help="small (CPU, minutes) or full (one GPU)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the runs instead")
+    parser.add_argument("--where", type=Literal["local"], default="local", help="local: processes on this machine")
     parser.add_argument("--workers", type=int, default=0, help="runs at once; 0 takes one per core, at scale full 1")
     parser.add_argument("--wandb", type=Literal["auto", "online", "offline", "off"], default="off", help="as of train")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     parser.add_argument("--results_dir", type=str, default="results", help="folder of the tables")
     options = _parse(parser, arguments)
+    from normlab.execution.engine import ExecutionOptions
     from normlab.study.command import study
 
     output = OutputConfig(runs_dir=options.runs_dir, wandb=options.wandb, progress=False)
-    return study(
-        options.claim, options.scale, output, Path(options.results_dir), options.workers, dry_run=options.dry_run
-    )
+    execution = ExecutionOptions(where=options.where, workers=options.workers)
+    return study(options.claim, options.scale, output, Path(options.results_dir), execution, dry_run=options.dry_run)
 
 
 def _exact(arguments: list[str]) -> int:

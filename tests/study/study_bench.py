@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 
 from rich.console import Console
-from tiny_study import tiny_claim
+from tiny_study import local_workers, tiny_claim
 
 from normlab.claims.base import Claim
 from normlab.config import OutputConfig
@@ -29,7 +29,7 @@ class Bench:
     def run(self, *claims: Claim, workers: int = 2) -> tuple[int, str]:
         """Incomplete arguments, and what was printed."""
         said = StringIO()
-        code = run_study(self.study(*claims), workers, Console(file=said, width=200))
+        code = run_study(self.study(*claims), local_workers(workers, self.runs), Console(file=said, width=200))
         return code, said.getvalue()
 
     def order(self, **of_norm: str) -> None:

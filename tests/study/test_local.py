@@ -11,6 +11,7 @@ import pytest
 
 from normlab.config import RunConfig
 from normlab.execution import local
+from normlab.execution.engine import Ended
 from normlab.execution.jobs import Job
 from normlab.execution.local import LocalWorkers
 
@@ -38,7 +39,7 @@ def test_a_worker_stands_where_its_caller_does(tmp_path: Path, monkeypatch: pyte
         monkeypatch.chdir(tmp_path / place)
         monkeypatch.setenv("WHERE", place)
         with LocalWorkers(1, tmp_path / "jobs") as pool:
-            pool.start(job)
+            pool.start([[job]])
             (ended,) = _wait(pool)
         assert ended.reason == ""
         seen = json.loads((tmp_path / "jobs" / f"{job.id}.log").read_text())
@@ -53,12 +54,12 @@ def test_a_worker_stands_where_its_caller_does(tmp_path: Path, monkeypatch: pyte
     assert os.environ["OMP_NUM_THREADS"] == "7", "the caller's own is left alone"
     monkeypatch.setenv("WHERE", "fails")
     with LocalWorkers(1, tmp_path / "jobs") as pool:
-        pool.start(job)
+        pool.start([[job]])
         (ended,) = _wait(pool)
     assert ended.reason == "the disk is full"
 
 
-def _wait(pool: LocalWorkers) -> list[local.Ended]:
+def _wait(pool: LocalWorkers) -> list[Ended]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if ended := pool.ended():

@@ -169,10 +169,12 @@ def test_ctrl_c_stops_the_workers_and_keeps_what_there_is(bench: Bench, tiny_tex
     code = (
         # A study begun in the background of a shell would ignore Ctrl-C.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import sys; from pathlib import Path; from rich.console import Console; from tiny_study import tiny_study\n"
+        "import sys; from pathlib import Path; from rich.console import Console\n"
+        "from tiny_study import local_workers, tiny_study\n"
         "from normlab.execution import local; from normlab.study.running import run_study\n"
         f"local.WORKER = {local.WORKER!r}\n"
-        "try:\n    run_study(tiny_study(Path(sys.argv[1]), Path(sys.argv[2])), 2, Console())\n"
+        "study = tiny_study(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+        "try:\n    run_study(study, local_workers(2, Path(study.output.runs_dir)), Console())\n"
         "except KeyboardInterrupt:\n    sys.exit(130)\n"
     )
     folder = Path(__file__).parent

@@ -13,6 +13,7 @@ from rich.console import Console
 from normlab.claims.base import Claim, Comparison, Setting
 from normlab.claims.measurements import Measurement, Reach, across_seeds, probe, result
 from normlab.config import OutputConfig, RunConfig, config_from_dict
+from normlab.execution.local import LocalWorkers
 from normlab.study.plan import Study
 from normlab.study.running import run_study
 
@@ -70,5 +71,10 @@ def tiny_study(text: Path, folder: Path) -> Study:
     return Study(claims, "small", output, folder / "results")
 
 
+def local_workers(size: int, runs: Path) -> LocalWorkers:
+    return LocalWorkers(size, runs / ".study")
+
+
 if __name__ == "__main__":
-    sys.exit(run_study(tiny_study(Path(sys.argv[1]), Path(sys.argv[2])), 2, Console(width=200)))
+    study = tiny_study(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(run_study(study, local_workers(2, Path(study.output.runs_dir)), Console(width=200)))

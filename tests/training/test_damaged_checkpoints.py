@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from test_run import StopAt, numbers
 
 from normlab.config import InputError, RunConfig
 from normlab.records.record import RunRecord
+from normlab.training.checkpoint_files import CheckpointError, read_checkpoint, write_checkpoint
 from normlab.training.run import train
 
 Build = Callable[..., RunConfig]
@@ -169,3 +171,26 @@ def test_damaged_best_weights_are_said(stopped: RunRecord, damage: Callable[[Pat
     torch.save(stored, last)
     with pytest.raises(InputError, match=said + ".*--output.fresh true"):
         train(stopped.config)
+
+
+def test_no_byte_can_change_unnoticed(tmp_path: Path):
+    path, draw = tmp_path / "some.ckpt", random.Random(0)
+    stored = {"state_dict": {"weight": torch.randn(50)}, "global_step": 3}
+    write_checkpoint(stored, path)
+    whole = path.read_bytes()
+    noticed = 0
+    for _ in range(300):
+        place = draw.randrange(len(whole))
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << draw.randrange(8))]) + whole[place + 1 :])
+        try:
+            found = read_checkpoint(path)
+        except CheckpointError:
+            noticed += 1
+        else:  # between the parts of the archive
+            assert found["global_step"] == 3
+            assert torch.equal(found["state_dict"]["weight"], stored["state_dict"]["weight"])
+    assert noticed > 100
+    for size in range(0, len(whole), 37):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError, match="it is cut short|it is empty"):
+            read_checkpoint(path)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from normlab.execution.engine import Ended
 from normlab.execution.jobs import Job, write_job
 
-__all__ = ["Ended", "LocalWorkers"]
+__all__ = ["LocalWorkers"]
 
 WORKER = ("-m", "normlab.execution.worker")
 STOP_SECONDS = 60.0
@@ -39,17 +40,9 @@ if sys.platform == "linux":
     _processes.set_forkserver_preload(["normlab.execution.preloaded"])
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a job ended: `reason` is one line, empty if it is done."""
-
-    job: Job
-    reason: str
-
-
 @dataclass
 class _Worker:
-    job: Job
+    jobs: list[Job]
     process: BaseProcess
     log: Path
 
@@ -77,23 +70,34 @@ class LocalWorkers:
     @property
     def jobs(self) -> list[Job]:
         """Those under way."""
-        return [worker.job for worker in self._workers]
+        return [job for worker in self._workers for job in worker.jobs]
 
     @property
     def free(self) -> int:
         return self.size - len(self._workers)
 
-    def start(self, job: Job) -> None:
-        path, log = self.folder / f"{job.id}.yaml", self.folder / f"{job.id}.log"
-        write_job(path, job)
-        log.write_bytes(b"")
-        self._workers.append(_Worker(job, _start(path, log), log))
+    def start(self, groups: Sequence[Sequence[Job]]) -> None:
+        """Start a worker for each group; it writes into one log."""
+        for group in groups:
+            paths = []
+            for job in group:
+                paths.append(self.folder / f"{job.id}.yaml")
+                write_job(paths[-1], job)
+            log = self.log(group[0])
+            log.write_bytes(b"")
+            for job in group[1:]:  # who looks for the log of one finds that of the group
+                self.log(job).unlink(missing_ok=True)
+                self.log(job).symlink_to(log.name)
+            self._workers.append(_Worker(list(group), _start(paths, log), log))
+
+    def log(self, job: Job) -> Path:
+        return self.folder / f"{job.id}.log"
 
     def ended(self) -> list[Ended]:
         """Those that ended since the last call."""
         over = [worker for worker in self._workers if worker.process.exitcode is not None]
         self._workers = [worker for worker in self._workers if worker not in over]
-        return [Ended(worker.job, _close(worker)) for worker in over]
+        return [Ended(job, _close(worker)) for worker in over for job in worker.jobs]
 
     def stop(self) -> None:
         """Ask all workers to save and end; kill those that do not, or all of them on a second Ctrl-C."""
@@ -112,9 +116,11 @@ class LocalWorkers:
             self._workers = []
 
 
-def _start(path: Path, log: Path) -> BaseProcess:
+def _start(paths: Sequence[Path], log: Path) -> BaseProcess:
     environment = {**os.environ, **WORKER_ENVIRONMENT}
-    process = _processes.Process(target=_begin, args=(WORKER, str(path), str(log), os.getcwd(), environment))
+    process = _processes.Process(
+        target=_begin, args=(WORKER, [str(path) for path in paths], str(log), os.getcwd(), environment)
+    )
     before = dict(os.environ)
     os.environ.update(WORKER_ENVIRONMENT)  # what the server starts with
     try:
@@ -125,7 +131,7 @@ def _start(path: Path, log: Path) -> BaseProcess:
     return process
 
 
-def _begin(worker: Sequence[str], path: str, log: str, folder: str, environment: Mapping[str, str]) -> None:
+def _begin(worker: Sequence[str], paths: Sequence[str], log: str, folder: str, environment: Mapping[str, str]) -> None:
     """In the new process: run the program `worker` as Python would with these arguments, in the caller's surroundings,
     which may have changed since the server began."""
     file = os.open(log, os.O_WRONLY)
@@ -135,7 +141,7 @@ def _begin(worker: Sequence[str], path: str, log: str, folder: str, environment:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = [worker[-1], path]
+    sys.argv = [worker[-1], *paths]
     if worker[0] == "-m":
         runpy.run_module(worker[1], run_name="__main__", alter_sys=True)
     else:

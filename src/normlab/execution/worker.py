@@ -1,4 +1,4 @@
-"""One job in a process of its own: python -m normlab.execution.worker JOB.yaml, as `LocalWorkers` starts it.
+"""Jobs in a process of their own: python -m normlab.execution.worker JOB.yaml ..., as `LocalWorkers` starts it.
 
 When the parent is gone, however it ended, the run is stopped as by SIGTERM: with a checkpoint, to be resumed.
 """
@@ -23,14 +23,17 @@ BEGAN = time.monotonic()
 
 
 def main() -> int:
-    """Exit code: 0 done, 2 with one line on standard error for what a user can mend, 143 stopped before the end."""
+    """Exit code: 0 all done, 2 with a line on standard error for what a user can mend, 143 stopped before the end."""
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    try:
-        done = perform(read_job(Path(sys.argv[1])))
-    except InputError as error:
-        print(f"normlab: error: {error}", file=sys.stderr)
-        return 2
-    return 0 if done else 143
+    code = 0
+    for path in sys.argv[1:]:
+        try:
+            if not perform(read_job(Path(path))):
+                return 143
+        except InputError as error:
+            print(f"normlab: error: {error}", file=sys.stderr)
+            code = 2
+    return code
 
 
 def perform(job: Job) -> bool:

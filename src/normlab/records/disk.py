@@ -16,7 +16,10 @@ from typing import Any
 
 from normlab.config import InputError
 
-__all__ = ["append", "parse_json", "to_json", "write_atomically"]
+__all__ = ["append", "last_rows", "parse_json", "to_json", "write_atomically"]
+
+BLOCK_BYTES = 4096
+"""So much of a file of rows is read at a time, from its end: a dozen rows of a usual curve."""
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -98,3 +101,40 @@ def append(path: Path, line: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(file)
+
+
+def last_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a curve (`step`, `seconds` and metrics), newest first; no more of the file is read than is asked for.
+
+    A torn last row is left out; a file that is not there has no rows.
+
+    Raises:
+        InputError: a row is damaged.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        end = file.seek(0, os.SEEK_END)
+        begun = b""  # the end of a row whose beginning is in the block before
+        is_torn = True  # what comes after the last line end is no row yet
+        while end:
+            start = max(0, end - BLOCK_BYTES)
+            file.seek(start)
+            begun, *lines = (file.read(end - start) + begun).split(b"\n")
+            if lines and is_torn:
+                lines.pop()
+                is_torn = False
+            for line in reversed(lines):
+                yield _row(line, path)
+            end = start
+        if not is_torn:
+            yield _row(begun, path)
+
+
+def _row(line: bytes, path: Path) -> dict[str, Any]:
+    row = parse_json(line, f"a row of {path}")
+    if not ("step" in row and "seconds" in row):
+        raise InputError(f"a row of {path} has no step or seconds; move the record's folder away")
+    return row

@@ -30,7 +30,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from normlab.config import InputError, RunConfig, config_from_dict, config_to_dict, run_id
-from normlab.records.disk import append, parse_json, to_json, write_atomically
+from normlab.records.disk import append, last_rows, parse_json, to_json, write_atomically
 from normlab.records.lock import FolderLock
 
 __all__ = ["OUT_OF_MEMORY", "Outcome", "RunRecord", "record_ids"]
@@ -219,11 +219,13 @@ class RunRecord:
         if outcome.state != "running":
             return outcome
         # How far it is stands in its last row alone.
-        rows = self.metrics()
-        if rows:
-            outcome = dataclasses.replace(outcome, step=int(rows[-1]["step"]), seconds=float(rows[-1]["seconds"]))
+        row = next(last_rows(self.folder / "metrics.jsonl"), None)
+        if row is not None:
+            outcome = dataclasses.replace(outcome, step=int(row["step"]), seconds=float(row["seconds"]))
         if self._lock.is_held_by_anyone():
             return outcome
+        if (self._read_json("outcome.json") or {}).get("state") != "running":
+            return self.outcome()  # it ended between the looks at its outcome and at its lock
         return dataclasses.replace(outcome, state="interrupted", reason="killed")
 
     def archive(self) -> RunRecord:

@@ -7,6 +7,8 @@ from pathlib import Path
 from normlab.claims import available_claims, load_claim, select_claims
 from normlab.claims.base import SCALES, Scale
 from normlab.config import InputError, OutputConfig
+from normlab.execution.engine import ExecutionOptions
+from normlab.execution.local import LocalWorkers
 from normlab.records.environment import available_cores
 from normlab.study.plan import Study
 from normlab.study.running import run_study
@@ -15,17 +17,14 @@ from normlab.study.showing import list_claims, print_plan, study_console
 __all__ = ["study"]
 
 
-def study(wanted: str | None, scale: Scale, output: OutputConfig, results: Path, workers: int, dry_run: bool) -> int:
+def study(
+    wanted: str | None, scale: Scale, output: OutputConfig, results: Path, options: ExecutionOptions, dry_run: bool
+) -> int:
     """List all arguments, or print or run what those that `wanted` means still miss.
-
-    Args:
-        workers: runs at once; 0 takes one per core, at scale full one, which has the GPU to itself.
 
     Returns:
         The exit code: 1 if an argument is not complete in the end.
     """
-    if workers < 0:
-        raise InputError(f"workers is {workers}; it must be at least 1, or 0 for one per core")
     console = study_console()
     if wanted is None:
         claims = [load_claim(name) for name in available_claims()]
@@ -37,8 +36,8 @@ def study(wanted: str | None, scale: Scale, output: OutputConfig, results: Path,
     if not claims:
         raise InputError(f"{wanted} is decided by computation alone: make exact")
     chosen = Study(claims, scale, output, results)
-    workers = workers or (available_cores() if scale == "small" else 1)
+    workers = options.workers or (available_cores() if scale == "small" else 1)
     if dry_run:
         print_plan(chosen, workers, console)
         return 0
-    return 1 if run_study(chosen, workers, console) else 0
+    return 1 if run_study(chosen, LocalWorkers(workers, Path(output.runs_dir) / ".study"), console) else 0

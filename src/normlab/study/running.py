@@ -1,4 +1,4 @@
-"""Runs a study on this machine until nothing is missing.
+"""Runs a study, wherever its runs happen, until nothing is missing.
 
 A study that was killed goes on where it was. Two studies at once share the work: a run that another process trains is
 left to it, and waited for at the end.
@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
 from normlab.config import InputError
+from normlab.execution.engine import Ended, Engine
 from normlab.execution.jobs import Job
-from normlab.execution.local import Ended, LocalWorkers
 from normlab.study.plan import ClaimState, Study
 from normlab.study.showing import Display, summary
 
@@ -29,8 +28,8 @@ ELSEWHERE_SECONDS = 2.0
 """Between two looks at runs of another process."""
 
 
-def run_study(study: Study, workers: int, console: Console) -> int:
-    """Run what is missing with so many workers at once, and write the tables; a line per argument at the end.
+def run_study(study: Study, engine: Engine, console: Console) -> int:
+    """Run what is missing, and write the tables; a line per argument at the end.
 
     Returns:
         The number of arguments that are not complete: some of their runs failed.
@@ -39,8 +38,8 @@ def run_study(study: Study, workers: int, console: Console) -> int:
     study.fix_rules()
     runner = _Runner(study, console)
     try:
-        with LocalWorkers(workers, Path(study.output.runs_dir) / ".study") as pool, Display(study, console) as display:
-            runner.run(pool, display)
+        with engine, Display(study, console) as display:
+            runner.run(engine, display)
     finally:
         # Also after Ctrl-C: a table holds what is there, and the next study adds to it.
         states = runner.write()
@@ -61,19 +60,19 @@ class _Runner:
         self.failed: dict[str, str] = {}
         self.written: set[str] = set()
 
-    def run(self, pool: LocalWorkers, display: Display) -> None:
+    def run(self, engine: Engine, display: Display) -> None:
         states, looked = self._look(), time.monotonic()
         while True:
-            elsewhere = self._fill(pool, states)
-            display.show(states, pool.jobs, elsewhere)
-            if not pool.jobs and not elsewhere:
+            elsewhere = self._fill(engine, states)
+            display.show(states, engine.jobs, elsewhere)
+            if not engine.jobs and not elsewhere:
                 return
             time.sleep(POLL_SECONDS)
-            over = pool.ended()
+            over = engine.ended()
             if over or (elsewhere and time.monotonic() - looked > ELSEWHERE_SECONDS):
                 states, looked = self._look(), time.monotonic()
             for ended in over:
-                self._note(ended)
+                self._note(ended, engine)
                 display.ended(ended, states)
 
     def write(self) -> list[ClaimState]:
@@ -97,30 +96,29 @@ class _Runner:
         except InputError as error:
             self.console.print(f"{state.claim.id}: {error}", highlight=False, markup=False, soft_wrap=True)
 
-    def _fill(self, pool: LocalWorkers, states: Sequence[ClaimState]) -> list[Job]:
-        """Give every free worker a job; returns those that another process has in hand, or just had."""
-        busy = {job.id for job in pool.jobs}
-        elsewhere = []
+    def _fill(self, engine: Engine, states: Sequence[ClaimState]) -> list[Job]:
+        """Give the engine as many jobs as it takes; returns those that another process has in hand, or just had."""
+        busy = {job.id for job in engine.jobs}
+        free, elsewhere, chosen = engine.free, [], []
         for job in self.study.jobs(states):
-            if not pool.free:
+            if len(chosen) == free:
                 break
             if job.id in busy or job.id in self.failed:
                 continue
             if job.record.outcome().state == "running" or job.is_done():  # done since the last look
                 elsewhere.append(job)
             else:
-                self.attempts[job.id] += 1
-                pool.start(job)
+                chosen.append(job)
+        self.attempts.update(job.id for job in chosen)
+        if chosen:
+            engine.start([[job] for job in chosen])
         return elsewhere
 
-    def _note(self, ended: Ended) -> None:
+    def _note(self, ended: Ended, engine: Engine) -> None:
         job = ended.job
         if job.is_done():
             return
         if job.record.outcome().state == "running":
             self.attempts[job.id] -= 1  # another process was faster
         elif self.attempts[job.id] >= ATTEMPTS:
-            self.failed[job.id] = f"{ended.reason or 'it left no result'}; its log: {self._log(job)}"
-
-    def _log(self, job: Job) -> Path:
-        return Path(self.study.output.runs_dir) / ".study" / f"{job.id}.log"
+            self.failed[job.id] = f"{ended.reason or 'it left no result'}; its log: {engine.log(job)}"
