@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -110,6 +111,4 @@ def _main(arguments: list[str], environment: dict[str, str], before: Callable[[]
     sys.argv = ["normlab", *arguments]
     if before is not None:
         before()
-    from normlab.__main__ import main
-
-    sys.exit(main(arguments))
+    runpy.run_module("normlab", run_name="__main__", alter_sys=True)

@@ -192,5 +192,5 @@ def test_no_byte_can_change_unnoticed(tmp_path: Path):
     assert noticed > 100
     for size in range(0, len(whole), 37):
         path.write_bytes(whole[:size])
-        with pytest.raises(CheckpointError, match="it is cut short|it is empty"):
+        with pytest.raises(CheckpointError, match=r"it is cut short|it is empty"):
             read_checkpoint(path)

@@ -166,8 +166,8 @@ class Checkpoints(Checkpoint):
     as `previous.ckpt` until the run has ended, for the case that the last one is found damaged.
 
     `best.ckpt` may be of a later step than the checkpoint that a run goes on from. It does not matter: the validations
-    since then are done again with the same results, and write it again or, as before, do not. (Where results are not the
-    same each time and it does matter, `load_best` refuses.)
+    since then are done again with the same results, and write it again or, as before, do not. Where results are not
+    the same each time, and it does matter, `load_best` refuses.
 
     Args:
         folder: where they go.
