@@ -67,7 +67,16 @@ def require_choice(what: str, value: str, choices: Iterable[str]) -> None:
 def available_norms() -> tuple[str, ...]:
     """Names of all norms: one file each in `normlab/norms/`; torch is not imported to list them."""
     folder = Path(__file__).parent / "norms"
-    infrastructure = {"__init__", "base", "batch_statistics", "fused", "moments", "recompute", "standardized"}
+    infrastructure = {
+        "__init__",
+        "base",
+        "batch_statistics",
+        "fused",
+        "kernels",
+        "moments",
+        "recompute",
+        "standardized",
+    }
     return tuple(sorted(path.stem for path in folder.glob("*.py") if path.stem not in infrastructure))
 
 

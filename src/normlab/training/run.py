@@ -42,6 +42,7 @@ from normlab.training.facts import (
     leak_facts,
     leak_warning,
     peak_memory_mib,
+    prefix_facts,
     product_facts,
     recurrence_facts,
     site_facts,
@@ -235,9 +236,10 @@ class _Run:
         resume = self._resume_path()
         # A run that goes on keeps the products and the engine it began with, whatever this machine's are by now.
         begun = self.record.environment() if resume else {}
+        begun_with = bool(begun.get("kernels")) if begun else None
         with (
             products.kept(begun.get("products", {}).get("onednn")),
-            one_engine(self.module, self.trainer, begun.get("kernels")) as on_kernels,
+            one_engine(self.module, self.trainer, begun_with) as on_kernels,
         ):
             outcome = self._train(on_kernels, resume)
         if self.place.is_first and outcome.state != "interrupted":
@@ -362,8 +364,13 @@ class _Run:
         recurrence = recurrence_facts(self.module, self.trainer)
         if recurrence:
             environment["recurrence"] = recurrence
-            environment["kernels"] = on_kernels
             self._say("recurrence: {backend} ({reason})".format(**recurrence))
+        running = prefix_facts(self.module, self.trainer)
+        if running:
+            environment["prefix_statistics"] = running
+            self._say(f"statistics over a prefix: {running}")
+        if recurrence or running:
+            environment["kernels"] = on_kernels
         chosen = product_facts(self.trainer)
         if chosen:
             environment["products"] = chosen
