@@ -17,7 +17,7 @@ import yaml
 from normlab.config import RunConfig, config_to_dict
 
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["normlab.execution.preloaded"])
+_processes.set_forkserver_preload(["normlab.execution.preloaded", "jsonargparse"])
 
 
 @dataclass
