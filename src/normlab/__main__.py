@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from normlab.config import (
     MODELS,
@@ -32,6 +32,8 @@ from normlab.config import (
     run_id,
 )
 from normlab.machine.processes import ProcessError, place_in_run, says_mistakes
+from normlab.machine.terminal import printable
+from normlab.records.disk import read_yaml
 
 SHORT = {"--norm": "--model.norm", "--model": "--model.name", "--data": "--data.corpus"}
 
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
         if says_mistakes() or isinstance(error, ProcessError):
-            print(f"normlab: error: {error}", file=sys.stderr)
+            print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print(f"normlab: stopped{AFTER_A_STOP.get(arguments[0], '')}", file=sys.stderr)
@@ -324,7 +326,7 @@ def _model_name(arguments: Sequence[str]) -> str:
 
 def _model_in_file(path: Path) -> str | None:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise InputError(f"cannot read the config {str(path)!r}: {error.strerror}; configs/ holds some") from None
     except UnicodeDecodeError as error:
@@ -359,6 +361,8 @@ def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfi
 
 
 def _parser(command: str, description: str | None) -> ArgumentParser:
+    # Else a config with a `class_path` anywhere in model.overrides has the module of that name imported, which runs it.
+    set_parsing_settings(import_path_denylist=["*"])
     return ArgumentParser(
         prog=f"python -m normlab {command}", description=description, exit_on_error=False, allow_abbrev=False
     )
@@ -367,7 +371,7 @@ def _parser(command: str, description: str | None) -> ArgumentParser:
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, ImportError) as error:  # ImportError: a value names something to import
         raise InputError(_one_line(parser, str(error))) from None
 
 
@@ -387,6 +391,9 @@ def _one_line(parser: ArgumentParser, message: str) -> str:
             require_choice("flag" if flag.startswith("-") else "argument", flag, group or [*short, *named])
         except InputError as error:
             return str(error)
+    imported = re.search(r"Importing '([^']*)' is not allowed", message)
+    if imported is not None:
+        return f"{imported[1]!r} stands where fields are expected; a config holds values and has nothing imported"
     choice = re.search(r'key "([^"]+)":.*?Literal\[([^]]*)\].*value: (\S+)', message, re.DOTALL)
     if choice is not None:
         key, choices, got = choice.groups()

@@ -112,7 +112,7 @@ class Kernels:
             )
             try:
                 path = self._place(program, flags)
-                if not path.exists():
+                if not cache.is_own(path):
                     if not build:
                         continue
                     path = self._built(program, flags, path)
@@ -153,6 +153,7 @@ class Kernels:
             _run(program, *flags, "-c", str(self.source), "-o", str(unlinked))
             # Linked without -fopenmp, which would bring in a second OpenMP.
             _run(program, "-shared", str(unlinked), "-o", str(linked), "-lm")
+            linked.chmod(0o700)  # whatever the umask: what others could change is not loaded
             linked.replace(path)
         log.info("built the %s kernels in %.1f s", self.name, time.monotonic() - began)
         return path

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from normlab.config import InputError, RunConfig, model_label
-from normlab.records.disk import parse_json, to_json, write_atomically
+from normlab.records.disk import parse_json, read_bytes, to_json, write_atomically
 from normlab.records.lock import FolderLock
 
 __all__ = ["NoticeBoard", "PlannedJob", "StudyNotice", "studies_under_way"]
@@ -107,7 +107,7 @@ def studies_under_way(runs_dir: Path) -> list[StudyNotice]:
     for path in sorted(_boards(runs_dir).glob("*/study.json")):
         try:
             if FolderLock(path.parent).is_held_by_anyone():
-                found.append(_notice(parse_json(path.read_bytes(), str(path))))
+                found.append(_notice(parse_json(read_bytes(path), str(path))))
         except (OSError, InputError, TypeError, KeyError):
             continue
     return found

@@ -18,7 +18,8 @@ from typing import Literal
 import yaml
 
 from normlab.config import InputError, RunConfig
-from normlab.records.disk import last_rows
+from normlab.machine.terminal import printable
+from normlab.records.disk import last_rows, read_bytes
 from normlab.records.notice import PlannedJob, StudyNotice, studies_under_way
 from normlab.records.record import RunRecord
 
@@ -172,7 +173,7 @@ class RunsFolder:
             statuses[job.id] = _under_way(job, statuses.get(job.id))
         for job in (job for study in studies for job in study.waiting):
             statuses[job.id] = _waiting(job, statuses.get(job.id))
-        return list(statuses.values()), studies
+        return [_printable(status) for status in statuses.values()], studies
 
     def _records(self) -> Iterator[RunStatus]:
         try:
@@ -242,6 +243,12 @@ class RunsFolder:
         return time.time() - self._grew.get(name, -math.inf) < FRESH_SECONDS
 
 
+def _printable(status: RunStatus) -> RunStatus:
+    """Names and reasons may be those of somebody else's record."""
+    names = ("id", "note", "claim", "model", "norm", "corpus")
+    return replace(status, **{name: printable(getattr(status, name)) for name in names})
+
+
 _ANY_CONFIG = RunConfig()
 """What an outcome says does not depend on it, and building a thousand configs takes seconds."""
 
@@ -250,7 +257,7 @@ def _planned(folder: Path) -> RunStatus:
     """What the config says; the outcome is still to be read."""
     path = folder / "config.yaml"
     try:
-        values = _scalars(path.read_bytes())
+        values = _scalars(read_bytes(path))
         name = values["model.name"]
         return RunStatus(
             id=folder.name,

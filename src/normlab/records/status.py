@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from normlab.config import InputError, require_choice
+from normlab.machine.terminal import printable
 from normlab.records.disk import to_json
 from normlab.records.notice import StudyNotice
 from normlab.records.progress import STATES, RunsFolder, RunStatus, duration
@@ -197,7 +198,7 @@ def _ended_lately(statuses: Sequence[RunStatus]) -> int:
 
 
 def _study(study: StudyNotice, console: Console) -> RenderableType:
-    names = ", ".join(claim.partition("_")[0] for claim in study.claims)
+    names = printable(", ".join(claim.partition("_")[0] for claim in study.claims))
     left = None if study.seconds_left is None else max(0.0, study.seconds_left - (time.time() - study.written))
     said = f"{study.done}/{study.total} runs"
     if left is not None:

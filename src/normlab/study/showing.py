@@ -16,6 +16,7 @@ from normlab.claims.base import Claim
 from normlab.config import InputError
 from normlab.execution.engine import Ended
 from normlab.execution.jobs import Job
+from normlab.machine.terminal import PlainConsole
 from normlab.records.notice import NoticeBoard, PlannedJob, StudyNotice
 from normlab.records.progress import duration, progress
 from normlab.study.plan import ClaimState, Study
@@ -25,7 +26,7 @@ __all__ = ["Display", "list_claims", "print_plan", "study_console", "summary"]
 
 def study_console() -> Console:
     """In a pipe nothing is cut off."""
-    return Console(width=None if os.isatty(1) else 140)
+    return PlainConsole(width=None if os.isatty(1) else 140)
 
 
 def list_claims(studies: Sequence[Study], exact: Sequence[Claim], console: Console) -> None:

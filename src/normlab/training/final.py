@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import pytorch_lightning as pl
 
+from normlab.config import InputError
 from normlab.data.batches import Batch
 from normlab.norms.recompute import StatisticsGap, recompute_statistics, stores_statistics
 from normlab.records.record import RunRecord
 from normlab.training.datamodule import TextDataModule
 from normlab.training.module import TextModule
+from normlab.training.reading import MEND_BEST
 from normlab.training.stopping import Checkpoints
 
 __all__ = ["evaluate_best", "reestimate"]
@@ -51,7 +53,10 @@ def evaluate_best(
         say: takes one line for the user.
     """
     if checkpoints.best_step != trainer.global_step:
-        module.load_state_dict(checkpoints.load_best()["state_dict"])
+        try:
+            module.load_state_dict(checkpoints.load_best()["state_dict"])
+        except RuntimeError:  # a run that was resumed may find another file than it wrote
+            raise InputError(f"{checkpoints.best} is not a checkpoint of this run; {MEND_BEST}") from None
     best_step = checkpoints.best_step
     if saw_all:
         best_row = [row for row in record.metrics() if row["step"] == best_step and "valid_loss_nats" in row][-1]

@@ -18,9 +18,9 @@ from normlab.probes.base import Measurement, Probe, Subject, build_probe
 from normlab.records.disk import to_json, write_atomically
 from normlab.records.environment import collect_environment
 from normlab.records.record import FORMAT_VERSION, RunRecord
-from normlab.training.checkpoint_files import CheckpointError, read_checkpoint
 from normlab.training.faults import require_same_text
 from normlab.training.module import build_model
+from normlab.training.reading import read_checkpoint
 
 __all__ = ["open_run", "run_probe"]
 
@@ -67,14 +67,13 @@ def _weights(record: RunRecord, text: PreparedText, name: str) -> nn.Module:
     if name == "final" and not path.exists():
         path = record.checkpoints / "best.ckpt"  # nothing was re-estimated
     try:
-        stored = read_checkpoint(path)["state_dict"]
-        own = {key.removeprefix("model."): value for key, value in stored.items() if key.startswith("model.")}
+        stored = read_checkpoint(path, "train the run again")["state_dict"]
+        own = {key.removeprefix("model."): value for key, value in stored.items() if str(key).startswith("model.")}
         model.load_state_dict(own)
     except FileNotFoundError:
         raise InputError(f"run {record.id} has no {path.name}; train it again with --output.fresh true") from None
-    except (CheckpointError, LookupError, TypeError, RuntimeError) as error:  # damaged, or of another model
-        why = error if isinstance(error, CheckpointError) else type(error).__name__
-        raise InputError(f"cannot read the checkpoint {path} ({why}); train the run again") from None
+    except (RuntimeError, AttributeError) as error:  # other shapes, or no tensors at all
+        raise InputError(f"{path} is not a checkpoint of this run ({type(error).__name__}); train it again") from None
     return model
 
 

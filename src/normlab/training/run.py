@@ -21,19 +21,18 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import EarlyStopping
-from rich.console import Console
 
 from normlab.config import HuggingFaceConfig, InputError, RunConfig, run_id
 from normlab.data.corpora import require_corpus
 from normlab.data.prepared import PreparedText, prepare
 from normlab.machine import products
 from normlab.machine.processes import Place, ProcessError, place_in_run
+from normlab.machine.terminal import PlainConsole
 from normlab.models.huggingface import require_architecture
 from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.tasks.metrics import baseline
-from normlab.training.checkpoint_files import CheckpointError, PlainFiles, read_checkpoint
 from normlab.training.datamodule import TextDataModule, WholeRun
 from normlab.training.engine import one_engine
 from normlab.training.facts import (
@@ -59,9 +58,11 @@ from normlab.training.faults import (
 )
 from normlab.training.final import evaluate_best
 from normlab.training.module import TextModule
+from normlab.training.reading import CheckpointError, read_checkpoint
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
 from normlab.training.stopwatch import Stopwatch
 from normlab.training.watching import Activations, ProgressBar, Recorder
+from normlab.training.writing import PlainFiles
 
 __all__ = ["train"]
 
@@ -81,7 +82,7 @@ def train(config: RunConfig) -> RunRecord:
     if isinstance(config.model, HuggingFaceConfig):
         require_architecture(config.model)  # before the text is prepared
     rank_zero_only.rank = place.rank  # Lightning takes it from the environment, where it may be that of a batch job
-    console = Console(quiet=not place.is_first)
+    console = PlainConsole(quiet=not place.is_first)
     text = prepare(config.data)
     name = run_id(config)
     if name in record_ids(config.output.runs_dir):
@@ -176,7 +177,7 @@ class _Run:
     datamodule: TextDataModule
     module: TextModule
     record: RunRecord
-    console: Console
+    console: PlainConsole
     place: Place
     accelerator: str
     batch_size: int
@@ -229,7 +230,7 @@ class _Run:
         return self.trainer.global_step
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
     def train(self) -> Outcome:
         """Fit, then evaluate the weights with the best validation loss."""
@@ -287,7 +288,7 @@ class _Run:
             self.guard,
             self.recorder,
             Activations(self.recorder, batch, training.activations_every),
-            ProgressBar(Console(quiet=not (self.place.is_first and self.config.output.progress)), self.stopwatch),
+            ProgressBar(PlainConsole(quiet=not (self.place.is_first and self.config.output.progress)), self.stopwatch),
         ]
         if training.early_stop:
             callbacks.append(EarlyStopping("valid_loss_nats", patience=training.early_stop, check_finite=False))
@@ -298,30 +299,29 @@ class _Run:
         """The newest whole checkpoint, if there is any, with the record rewound to it."""
         if self.config.output.fresh and not self.place.is_first:
             return None  # what may still be there is about to be moved aside
-        damaged: dict[str, str] = {}
+        damaged: list[str] = []
         for path in (self.checkpoints.last, self.checkpoints.previous):
             try:
-                stored = read_checkpoint(path)
+                stored = read_checkpoint(path, "")
             except FileNotFoundError:
                 continue
             except CheckpointError as error:
-                damaged[path.name] = str(error)
+                damaged.append(f"cannot read the checkpoint {path} ({error.why})")
                 continue
             if not belongs_to(stored, self.module):
-                damaged[path.name] = "it is not a checkpoint of this run to resume from"
+                damaged.append(f"{path} is not a checkpoint of this run to resume from")
                 continue
             step = stored["global_step"]
             if self.place.is_first:
                 self.record.rewind(step)
             if damaged:
                 self.checkpoints.last_is_damaged = True
-                self._say(f"warning: cannot read {_listed(damaged)}; taking the checkpoint before it")
+                self._say(f"warning: {damaged[0]}; taking the one before it")
             self._say(f"going on from step {step} of {self.record.folder}")
             return path
         if damaged:
             raise InputError(
-                f"cannot go on with {self.record.folder}: cannot read {_listed(damaged)}; delete what is in "
-                f"{self.checkpoints.folder} to train it from the beginning"
+                f"{' and '.join(damaged)}; delete what is in {self.checkpoints.folder} to train from the beginning"
             )
         if self.place.is_first:
             self.record.rewind(-1)
@@ -437,10 +437,6 @@ def _failed(error: BaseException, run: _Run | None) -> Outcome:
         is_term = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
         return Outcome("interrupted", "SIGTERM" if is_term else "stopped at once", step, seconds)
     return Outcome("failed", failure(error), step, seconds)
-
-
-def _listed(damaged: dict[str, str]) -> str:
-    return " and ".join(f"{name} ({why})" for name, why in damaged.items())
 
 
 def _finish_quietly(record: RunRecord, outcome: Outcome) -> None:

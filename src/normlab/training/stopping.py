@@ -14,9 +14,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Checkpoint
 
-from normlab.training.checkpoint_files import read_weights, write_checkpoint
 from normlab.training.module import TextModule
+from normlab.training.reading import read_best
 from normlab.training.stopwatch import Stopwatch
+from normlab.training.writing import write_checkpoint
 
 __all__ = ["Checkpoints", "DivergenceGuard", "StopSignals"]
 
@@ -230,7 +231,7 @@ class Checkpoints(Checkpoint):
 
     def load_best(self) -> dict[str, Any]:
         """What `best.ckpt` holds; an `InputError` if it is damaged, or not that of the best step."""
-        return read_weights(self.best, self.best_step)
+        return read_best(self.best, self.best_step)
 
     def save_final(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write `final.ckpt`: `best.ckpt` with the values that `module`, which had them from there, has by now."""
