@@ -31,6 +31,7 @@ from normlab.config import (
     require_choice,
     run_id,
 )
+from normlab.machine.processes import ProcessError, place_in_run, says_mistakes
 from normlab.machine.terminal import printable
 from normlab.records.disk import read_yaml
 
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_choice("command", arguments[0], commands)
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
-        print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
+        if says_mistakes() or isinstance(error, ProcessError):
+            print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print(f"normlab: stopped{AFTER_A_STOP.get(arguments[0], '')}", file=sys.stderr)
@@ -88,15 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     config = parse_run(arguments)
+    place = place_in_run(config.training.devices)
     from normlab.data.corpora import require_corpus
 
     require_corpus(config.data)
     from normlab.records.summary import show
-    from normlab.training.run import is_first_process, train
+    from normlab.training.run import train
 
     record = train(config)
-    if is_first_process():
-        show(record)
+    if not place.is_first:
+        return 0  # the first one says how the run ended
+    show(record)
     return _exit_code(record.outcome().state, record.outcome().reason)
 
 

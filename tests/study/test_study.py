@@ -226,3 +226,17 @@ def test_a_measurement_that_a_record_lacks_is_said_at_the_end(bench: Bench):
     code, said = bench.run(tiny_claim(bench.text, measurement=lacking))
     assert "has no zzz" in said
     assert code == 0
+
+
+def test_runs_on_different_texts_are_not_compared(bench: Bench):
+    bench.run()
+    study = bench.study()
+    (claim,) = study.claims
+    records = [RunRecord.open(run.id, bench.runs) for run in study.state(claim).tuned]
+    for record, text in zip(records, ("a", "a", None, "a"), strict=True):
+        record.write_environment({**record.environment(), "data": {"sha256": text} if text else {}})
+    assert bench.run()[0] == 0, "what an older record does not say is not held against it"
+    records[3].write_environment({**records[3].environment(), "data": {"sha256": "b"}})
+    said = f"compares {records[0].folder} and {records[3].folder}, but the text of .* changed between them; move away"
+    with pytest.raises(InputError, match=said):
+        bench.run()
