@@ -127,6 +127,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
     timed = ("tokens_per_second", "peak_memory_mib")
     assert {n: v for n, v in got.items() if n not in timed} == {n: v for n, v in expected.items() if n not in timed}
     assert resumed.statistics_gap() == whole.statistics_gap()
+    assert resumed.environment()["begun_with"]["threads"] == 1, "they decide the last bits"
 
 
 def test_a_finished_run_is_not_trained_again_unless_asked(tiny_run: Build, capsys: pytest.CaptureFixture[str]):
