@@ -132,17 +132,30 @@ def _study(arguments: list[str]) -> int:
         "--scale", type=Literal["small", "full"], default="small", help="small (CPU, minutes) or full (one GPU)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the runs instead")
-    parser.add_argument("--where", type=Literal["local"], default="local", help="local: processes on this machine")
-    parser.add_argument("--workers", type=int, default=0, help="runs at once; 0 takes one per core, at scale full 1")
+    parser.add_argument(
+        "--where",
+        type=Literal["local", "slurm"],
+        default="local",
+        help="local (processes on this machine) or slurm (jobs of a cluster: docs/running.md)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="runs at once, with slurm in each job; 0 takes one per core, at scale full or in a job with a GPU 1",
+    )
     parser.add_argument("--wandb", type=Literal["auto", "online", "offline", "off"], default="off", help="as of train")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     parser.add_argument("--results_dir", type=str, default="results", help="folder of the tables")
+    from normlab.execution.engine import ExecutionOptions, SlurmOptions
+
+    parser.add_class_arguments(SlurmOptions, "slurm")
     options = _parse(parser, arguments)
-    from normlab.execution.engine import ExecutionOptions
     from normlab.study.command import study
 
     output = OutputConfig(runs_dir=options.runs_dir, wandb=options.wandb, progress=False)
-    execution = ExecutionOptions(where=options.where, workers=options.workers)
+    slurm = SlurmOptions(**options.slurm.as_dict())
+    execution = ExecutionOptions(where=options.where, workers=options.workers, slurm=slurm)
     return study(options.claim, options.scale, output, Path(options.results_dir), execution, dry_run=options.dry_run)
 
 

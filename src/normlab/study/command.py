@@ -7,8 +7,9 @@ from pathlib import Path
 from normlab.claims import available_claims, load_claim, select_claims
 from normlab.claims.base import SCALES, Scale
 from normlab.config import InputError, OutputConfig
-from normlab.execution.engine import ExecutionOptions
+from normlab.execution.engine import Engine, ExecutionOptions
 from normlab.execution.local import LocalWorkers
+from normlab.execution.slurm import SlurmEngine
 from normlab.records.environment import available_cores
 from normlab.study.plan import Study
 from normlab.study.running import run_study
@@ -36,8 +37,19 @@ def study(
     if not claims:
         raise InputError(f"{wanted} is decided by computation alone: make exact")
     chosen = Study(claims, scale, output, results)
-    workers = options.workers or (available_cores() if scale == "small" else 1)
+    engine, at_once = _engine(options, scale, Path(output.runs_dir) / ".study")
     if dry_run:
-        print_plan(chosen, workers, console)
+        print_plan(chosen, at_once, console)
         return 0
-    return 1 if run_study(chosen, LocalWorkers(workers, Path(output.runs_dir) / ".study"), console) else 0
+    return 1 if run_study(chosen, engine, console) else 0
+
+
+def _engine(options: ExecutionOptions, scale: Scale, folder: Path) -> tuple[Engine, int]:
+    """What does the runs, and how many of them at once at most."""
+    if options.where == "slurm":
+        slurm = options.slurm
+        in_a_job = min(options.workers or (1 if slurm.gres else slurm.cpus), slurm.runs_per_job)
+        at_once = min(slurm.max_queued, slurm.array_parallelism * in_a_job or slurm.max_queued)
+        return SlurmEngine(folder, slurm, options.workers), at_once
+    workers = options.workers or (available_cores() if scale == "small" else 1)
+    return LocalWorkers(workers, folder), workers

@@ -64,11 +64,13 @@ class _Runner:
         states, looked = self._look(), time.monotonic()
         while True:
             elsewhere = self._fill(engine, states)
-            display.show(states, engine.jobs, elsewhere)
-            if not engine.jobs and not elsewhere:
+            wanted = {run.id for state in states for run in state.missing} | self.attempts.keys()
+            busy = [job for job in engine.jobs if job.id in wanted]  # it may know of jobs of other studies
+            display.show(states, busy, elsewhere)
+            if not busy and not elsewhere and engine.free:
                 return
             time.sleep(POLL_SECONDS)
-            over = engine.ended()
+            over = [ended for ended in engine.ended() if ended.job.id in wanted]
             if over or (elsewhere and time.monotonic() - looked > ELSEWHERE_SECONDS):
                 states, looked = self._look(), time.monotonic()
             for ended in over:
@@ -118,7 +120,7 @@ class _Runner:
         job = ended.job
         if job.is_done():
             return
-        if job.record.outcome().state == "running":
-            self.attempts[job.id] -= 1  # another process was faster
+        if job.record.outcome().state == "running" or not ended.counts:
+            self.attempts[job.id] -= 1  # another process was faster, or a machine was taken away
         elif self.attempts[job.id] >= ATTEMPTS:
             self.failed[job.id] = f"{ended.reason or 'it left no result'}; its log: {engine.log(job)}"
