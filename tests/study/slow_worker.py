@@ -1,0 +1,44 @@
+"""A worker that trains nothing, slowly: a row every tenth of a second, which is its checkpoint too. No torch.
+
+Each start is a line of `<runs_dir>/starts`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+from normlab.execution.jobs import read_job
+from normlab.records.record import Outcome, RunRecord
+
+STEPS = 40
+SECONDS_PER_STEP = 0.1
+
+
+def main() -> None:
+    job = read_job(Path(sys.argv[1]))
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+    record = RunRecord.create(job.config)
+    with (record.folder.parent / "starts").open("a") as file:
+        file.write(f"{job.id}\n")
+    rows = record.metrics()
+    step = rows[-1]["step"] if rows else 0
+    record.start(step)
+    while step < STEPS:
+        time.sleep(SECONDS_PER_STEP)
+        if received:
+            record.finish(Outcome("interrupted", "SIGTERM", step))
+            sys.exit(143)
+        step += 1
+        record.log(step, step * SECONDS_PER_STEP, {"valid_loss_nats": 1.0, "train_loss_nats": 1.0})
+    record.write_environment({"machine": "test", "git": {"commit": "abc", "dirty": False}})
+    loss = (job.config.model.norm != "ln") * 0.5 + job.config.seed / 1000
+    results = {"valid_loss_nats": loss, "test_loss_nats": loss, "unigram_test_loss_nats": 3.0}
+    record.finish(Outcome("finished", "", STEPS, STEPS * SECONDS_PER_STEP, results))
+
+
+if __name__ == "__main__":
+    main()
