@@ -77,7 +77,7 @@ SlurmdLogFile=$folder/slurmd.log
 AuthType=auth/munge
 CredType=cred/munge
 # Else a requeued job waits two minutes for its old credential to expire.
-AuthInfo=socket=$folder/munge.socket,cred_expire=2
+AuthInfo=socket=$folder/munge.socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none

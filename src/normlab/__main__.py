@@ -154,7 +154,9 @@ def _study(arguments: list[str]) -> int:
     from normlab.study.command import study
 
     output = OutputConfig(runs_dir=options.runs_dir, wandb=options.wandb, progress=False)
-    slurm = SlurmOptions(**options.slurm.as_dict())
+    values = options.slurm.as_dict()
+    values.pop("__path__", None)  # of a file given as --slurm
+    slurm = SlurmOptions(**values)
     execution = ExecutionOptions(where=options.where, workers=options.workers, slurm=slurm)
     return study(options.claim, options.scale, output, Path(options.results_dir), execution, dry_run=options.dry_run)
 
