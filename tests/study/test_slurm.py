@@ -193,7 +193,7 @@ def test_a_job_whose_python_dies_says_where_it_did(
     with SlurmEngine(tmp_path / "runs" / ".study", broken) as engine:
         engine.start([[Job(tiny_run())]])
         (over,) = ended(engine, 1)
-    assert over.counts
+    assert not over.again
     state, code, log = over.reason.split(", ")
     assert (state.split()[-1], code) == ("FAILED", "exit code 1:0")
     assert "PYTHONHOME" in Path(log.removeprefix("its log: ")).read_text()

@@ -129,15 +129,18 @@ def test_a_controller_that_does_not_answer_loses_nothing(
             assert engine.ended() == []
         assert [each.id for each in engine.jobs] == [job.id]
         (batch,) = (folder / "slurm").glob("normlab-*")
-        programs("sbatch", f'echo {batch.name} > {sent}; cat "$1" > {tmp_path}/script; echo "Submitted batch job 7"')
-        for _ in range(5):
-            assert engine.ended() == []
-        programs("sbatch", f"echo again > {tmp_path}/twice")
+        # The controller gets the job, and goes down before it says so.
+        timed_out = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+        programs("sbatch", f'echo {batch.name} > {sent}; cat "$1" > {tmp_path}/script; echo "{timed_out}" >&2; exit 1')
+        assert engine.ended() == []
+        assert sent.exists()
         (tmp_path / "up").unlink()
+        programs("sbatch", f"echo again > {tmp_path}/twice")
         for _ in range(5):
             assert engine.ended() == []
         (tmp_path / "up").touch()
-        assert engine.ended() == []
+        for _ in range(5):
+            assert engine.ended() == []
         assert not (tmp_path / "twice").exists()
         sent.unlink()
         assert engine.ended() == [], "it may be on its way back into the queue"

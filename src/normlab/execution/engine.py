@@ -136,12 +136,12 @@ class Ended:
     """How a job ended: `reason` is one line, empty if it is done.
 
     Args:
-        counts: as an attempt; a machine that was taken away says nothing about the job.
+        again: what failed was the machine, or was taken away, and the job does not count as tried.
     """
 
     job: Job
     reason: str
-    counts: bool = True
+    again: bool = False
 
 
 class Engine(Protocol):

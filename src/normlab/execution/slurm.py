@@ -182,10 +182,10 @@ class SlurmEngine:
     def stop(self) -> None:
         """Let go: SLURM keeps the jobs. How to cancel them is said on standard error."""
         if self.jobs:
-            numbers = " ".join(batch.number for batch in self._batches.values())
+            numbers = " ".join(batch.number for batch in self._batches.values() if batch.number)
             _say(
                 f"{len(self.jobs)} runs stay in SLURM's queue or at work; the same command goes on with them, "
-                f"scancel {numbers} ends them, with a checkpoint each"
+                f"scancel {numbers or '--me'} ends them, with a checkpoint each"
             )
         self._batches = {}
 
@@ -242,14 +242,14 @@ class SlurmEngine:
         do is missing again; nor what was said to have ended, which may be under way anew."""
         tasks = []
         for index, ids in enumerate(_read_batch(folder)["tasks"]):
-            ended = _reasons(folder, index)
+            ended = _ended_rows(folder, index)
             left = [[job_id for job_id in group if index in here and job_id not in ended] for group in ids]
             tasks.append(_task([[read_job(self._job_file(job_id)) for job_id in group] for group in left]))
         return tasks
 
     def _send(self, batch: _Batch) -> None:
         import submitit
-        from submitit.core.utils import FailedJobError
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         options = self.options
         given = {name: getattr(options, name) for name in ("partition", "account", "qos", "gres", "mem", "constraint")}
@@ -275,12 +275,11 @@ class SlurmEngine:
             folder, count = str(batch.folder), len(batch.tasks)
             try:
                 sent = executor.map_array(ArrayTask(), [folder] * count, range(count))
-            except FailedJobError as error:
-                lines = str(error).strip().splitlines() or ["sbatch failed"]
-                if any(words in line for words in NO_ANSWER for line in lines):
+            except (FailedJobError, FailedSubmissionError) as error:
+                if any(words in str(error) for words in NO_ANSWER):
                     return  # it may have got them all the same: the queue will tell
                 del self._batches[batch.folder.name]
-                why = lines[-1].removeprefix("sbatch: error: ")
+                why = " ".join(str(error).replace("sbatch: error: ", "").split()) or "sbatch failed"
                 raise InputError(f"SLURM does not take the jobs: {why}; options: --slurm.partition, ...") from None
         batch.number = sent[0].job_id.split("_")[0]
 
@@ -296,7 +295,8 @@ class ArrayTask:
     def __call__(self, folder: str, index: int) -> None:
         batch = Path(folder)
         values = _read_batch(batch)
-        ids = [[job_id for job_id in group if job_id not in _reasons(batch, index)] for group in values["tasks"][index]]
+        ended = _ended_rows(batch, index)
+        ids = [[job_id for job_id in group if job_id not in ended] for group in values["tasks"][index]]
         study = batch.parent.parent
         groups = [[read_job(study / f"{job_id}.yaml") for job_id in group] for group in ids if group]
         received: list[int] = []
@@ -312,7 +312,7 @@ class ArrayTask:
                         workers.start(now)
                 time.sleep(0.1)
                 over = workers.ended()
-                if any(ended.reason == "stopped" for ended in over):
+                if any(each.reason == "stopped" for each in over):
                     time.sleep(QUIET_SECONDS)
                 if not received:
                     _report(batch, index, over)
@@ -344,26 +344,27 @@ def _ended_file(batch: Path, index: int) -> Path:
 
 def _report(batch: Path, index: int, over: Sequence[Ended]) -> None:
     for ended in over:
-        row = to_json({"id": ended.job.id, "reason": ended.reason})
+        row = to_json({"id": ended.job.id, "reason": ended.reason, "again": ended.again})
         append(_ended_file(batch, index), row.encode() + b"\n")
 
 
-def _reasons(batch: Path, index: int) -> dict[str, str]:
-    """Of the jobs of a task that ended, why they did not do what they should, or nothing."""
+def _ended_rows(batch: Path, index: int) -> dict[str, dict[str, Any]]:
+    """What `_report` wrote of the jobs of a task, by id."""
     path = _ended_file(batch, index)
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return {}
-    rows = [parse_json(line, str(path)) for line in lines]
-    return {row["id"]: row["reason"] for row in rows}
+    return {row["id"]: row for row in (parse_json(line, str(path)) for line in lines)}
 
 
 def _reported(batch: _Batch, index: int, task: _Task) -> list[Ended]:
     if not task.left:
         return []
-    reasons = _reasons(batch.folder, index)
-    return [Ended(task.left.pop(job_id), reason) for job_id, reason in reasons.items() if job_id in task.left]
+    rows = _ended_rows(batch.folder, index)
+    return [
+        Ended(task.left.pop(job_id), row["reason"], row["again"]) for job_id, row in rows.items() if job_id in task.left
+    ]
 
 
 def _lost(batch: _Batch, index: int, task: _Task) -> list[Ended]:
@@ -382,9 +383,7 @@ def _lost(batch: _Batch, index: int, task: _Task) -> list[Ended]:
     if log is not None:
         said.append(f"its log: {log}")
     jobs, task.left = list(task.left.values()), {}
-    return [
-        Ended(job, "" if job.is_done() else ", ".join(said), counts=state not in NOT_THE_JOBS_FAULT) for job in jobs
-    ]
+    return [Ended(job, "" if job.is_done() else ", ".join(said), again=state in NOT_THE_JOBS_FAULT) for job in jobs]
 
 
 class _NoAnswerError(Exception):
