@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # A SLURM of one node on this machine, for tests and to try WHERE=slurm by hand; it needs no systemd and no root.
+# Jobs of its partition `urgent` preempt those of `test`, the default.
 #
 #   scripts/slurm_local.sh start [FOLDER]               prints the line that makes a shell use it: eval "$(... start)"
 #   scripts/slurm_local.sh stop [FOLDER]                ends it with its jobs, and removes the folder
@@ -11,7 +12,7 @@
 set -euo pipefail
 
 usage() {
-  sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
   exit 2
 }
 
@@ -89,10 +90,13 @@ SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1
 ReturnToService=2
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 MinJobAge=600
 KillWait=15
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$NODE_CPUS State=UNKNOWN
-PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE State=UP
+PartitionName=test Nodes=$host Default=YES MaxTime=INFINITE PriorityTier=1 State=UP
+PartitionName=urgent Nodes=$host MaxTime=INFINITE PriorityTier=2 State=UP
 CONF
 }
 
@@ -112,7 +116,7 @@ start() {
     >>"$folder/start.log" 2>&1 || fail "munged did not start; see $folder/start.log"
   alive slurmctld || controller
   alive slurmd || slurmd >>"$folder/start.log" 2>&1 || fail "slurmd did not start; see $folder/slurmd.log"
-  wait_until 20 eval '[ "$(sinfo --noheader --format=%t)" = idle ] || [ -n "$(squeue --noheader)" ]' ||
+  wait_until 20 eval '[ "$(sinfo --noheader --partition=test --format=%t)" = idle ] || [ -n "$(squeue --noheader)" ]' ||
     fail "the node does not come up; see $folder/slurmd.log"
   echo "export SLURM_CONF=$SLURM_CONF"
 }

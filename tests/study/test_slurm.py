@@ -96,6 +96,13 @@ def records(runs: Path) -> list[RunRecord]:
     return [RunRecord.open(name, runs) for name in record_ids(runs)]
 
 
+def restarted(number: str) -> list[int]:
+    """Tasks of an array that SLURM put back into the queue."""
+    shown = subprocess.run(["scontrol", "show", "job", "-o", number], capture_output=True, text=True, check=True).stdout
+    tasks = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in shown.splitlines()]
+    return [int(task["ArrayTaskId"]) for task in tasks if task["Restarts"] != "0"]
+
+
 def ended(engine: SlurmEngine, jobs: int) -> list[Ended]:
     over: list[Ended] = []
     wait_for(lambda: over.extend(engine.ended()) or len(over) >= jobs)
@@ -105,7 +112,7 @@ def ended(engine: SlurmEngine, jobs: int) -> list[Ended]:
 def test_whatever_happens_every_run_ends_once(
     cluster: Callable[[str], None], slow: SlurmOptions, tiny_text: Path, tmp_path: Path
 ) -> None:
-    """Eight runs in four jobs: one is cancelled, one requeued, a worker of a third killed, the controller restarted."""
+    """Eight runs in four jobs: one preempted, one cancelled, a worker of a third killed; the controller restarts."""
     runs = tmp_path / "runs"
     claim = tiny_claim(tiny_text, rates=(1e-2,), seeds=(1, 2, 3, 4))
     said = StringIO()
@@ -124,10 +131,14 @@ def test_whatever_happens_every_run_ends_once(
         (batch,) = (runs / ".study" / "slurm").glob("normlab-*")
         (script,) = batch.glob("*_submission.sh")
         number = script.name.split("_")[0]
-        tasks = slurm._read_batch(batch)["tasks"]
-        cancelled, requeued, (killed, other), *_ = ([job_id for group in task for job_id in group] for task in tasks)
-        subprocess.run(["scancel", f"{number}_0"], check=True)
-        subprocess.run(["scontrol", "requeue", f"{number}_1"], check=True)
+        tasks = [[job_id for group in task for job_id in group] for task in slurm._read_batch(batch)["tasks"]]
+        urgent = ["sbatch", "--partition=urgent", "--cpus-per-task=2", "--output=/dev/null", "--wrap=true"]
+        subprocess.run(urgent, check=True)
+        wait_for(lambda: restarted(number))
+        (index,) = restarted(number)
+        preempted = tasks[index]
+        (first, cancelled), (_, (killed, other)), *_ = ((i, task) for i, task in enumerate(tasks) if i != index)
+        subprocess.run(["scancel", f"{number}_{first}"], check=True)
         os.kill(RunRecord.open(killed, runs).outcome().pid, signal.SIGKILL)
         cluster("restart-controller")
         thread.join(SECONDS)
@@ -142,13 +153,13 @@ def test_whatever_happens_every_run_ends_once(
             "each step once: none from 0 again"
         )
     starts = Counter((runs / "starts").read_text().split())
-    assert {job_id for job_id, count in starts.items() if count == 2} == {*cancelled, *requeued, killed}
+    assert {job_id for job_id, count in starts.items() if count == 2} == {*cancelled, *preempted, killed}
     assert set(starts.values()) == {1, 2}
     assert starts[other] == 1
     for job_id in cancelled:
-        assert f"{job_id}: SLURM job {number}_0: CANCELLED" in output
+        assert f"{job_id}: SLURM job {number}_{first}: CANCELLED" in output
     assert f"{killed}: killed by SIGKILL" in output
-    assert not any(job_id in line and "SLURM" in line for job_id in requeued for line in output.splitlines())
+    assert not any(job_id in line and "SLURM" in line for job_id in preempted for line in output.splitlines())
     # The runs are there: nothing is sent.
     before = sorted((runs / ".study" / "slurm").iterdir())
     study()
