@@ -127,7 +127,8 @@ stop() {
     scancel --user "$(id -un)" || true
     wait_until 20 eval '[ -z "$(squeue --noheader)" ]' || true
   fi
-  for name in slurmd slurmctld munged; do end "$name"; done
+  for name in slurmd slurmctld munged; do end "$name" & done
+  wait
   rm -rf "$folder"
 }
 

@@ -306,7 +306,8 @@ class ArrayTask:
         with LocalWorkers(_size(values["workers"]), study) as workers:
             self._workers = workers
             while (groups or workers.jobs) and not received:
-                now, groups = groups[: workers.free], groups[workers.free :]
+                free = workers.free
+                now, groups = groups[:free], groups[free:]
                 if now:
                     with _for_workers():
                         workers.start(now)
