@@ -1,6 +1,7 @@
 """A worker that trains nothing, slowly: a row every tenth of a second, which is its checkpoint too. No torch.
 
-Each start is a line of `<runs_dir>/starts`.
+Each start is a line of `<runs_dir>/starts`, with why the run did not end before: "never", "killed", or "SIGTERM" if it
+saved.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from normlab.records.record import Outcome, RunRecord
 
 STEPS = 40
 SECONDS_PER_STEP = 0.1
+SECONDS_TO_SAVE = 1.0
 
 
 def main() -> None:
@@ -23,13 +25,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     record = RunRecord.create(job.config)
     with (record.folder.parent / "starts").open("a") as file:
-        file.write(f"{job.id}\n")
+        file.write(f"{job.id} {record.outcome().reason.split()[0]}\n")
     rows = record.metrics()
     step = rows[-1]["step"] if rows else 0
     record.start(step)
     while step < STEPS:
         time.sleep(SECONDS_PER_STEP)
         if received:
+            time.sleep(SECONDS_TO_SAVE)
             record.finish(Outcome("interrupted", "SIGTERM", step))
             sys.exit(143)
         step += 1

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +18,8 @@ from normlab.__main__ import main
 from normlab.config import InputError, RunConfig
 from normlab.execution import slurm
 from normlab.execution.engine import SlurmOptions
-from normlab.execution.jobs import Job
-from normlab.execution.slurm import SlurmEngine
+from normlab.execution.jobs import Job, write_job
+from normlab.execution.slurm import BATCH_FILE, SlurmEngine
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,39 @@ def test_a_file_holds_the_options_of_a_site(tmp_path: Path, capsys: pytest.Captu
     assert "with 12 workers" in capsys.readouterr().out
     assert main([*arguments, "--slurm.cpus", "2"]) == 0
     assert "with 6 workers" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc, as SLURM does")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_signal_to_all_processes_of_a_task_ends_it_after_its_runs_have_saved(
+    number: signal.Signals, slow_site: Path, tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """SIGTERM is preemption or scancel, SIGUSR2 the end of the time; what lives when the task ends, SLURM kills."""
+    folder = tmp_path / "runs" / ".study"
+    (batch := folder / "slurm" / "normlab-0").mkdir(parents=True)
+    jobs = [Job(tiny_run(seed=seed)) for seed in (1, 2)]
+    for job in jobs:
+        write_job(folder / f"{job.id}.yaml", job)
+    (batch / BATCH_FILE).write_text(json.dumps({"tasks": [[[job.id] for job in jobs]], "workers": 2}))
+    mark = f"MARK={tmp_path}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(slow_site), *sys.path]), "MARK": str(tmp_path)}
+    script = f"from normlab.execution.slurm import ArrayTask; ArrayTask()({str(batch)!r}, 0)"
+    task = subprocess.Popen([sys.executable, "-c", script], env={**environment, "SLURM_NTASKS": "1"})
+    try:
+        deadline = time.monotonic() + 60
+        while not all(job.record.metrics() for job in jobs):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        for place in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if place.name.isdigit() and mark.encode() in (place / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(place.name), number)
+        assert task.wait(60) == 143
+        assert [job.record.outcome().reason for job in jobs] == ["SIGTERM"] * 2
+    finally:
+        task.kill()
+    assert not (batch / "0.ended.jsonl").exists(), "it has not ended: the task comes back for it"
 
 
 @pytest.fixture

@@ -138,6 +138,7 @@ def _begin(worker: Sequence[str], paths: Sequence[str], log: str, folder: str, e
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.setsid()  # Ctrl-C in the terminal is the parent's to pass on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the server may have it blocked
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

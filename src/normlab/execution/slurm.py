@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -438,10 +439,15 @@ def _without(names: Sequence[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _for_workers() -> Iterator[None]:
-    """Processes started meanwhile do not see that they are in a SLURM job, where Lightning would train otherwise, nor
-    the signal that the time is up: SLURM sends it to all processes, and this one passes it on."""
+    """Processes started meanwhile do not see that they are in a SLURM job, where Lightning would train otherwise.
+
+    SLURM sends its signals to all processes of a job. That the time is up is this one's to pass on; and the server of
+    workers must outlive SIGTERM: without it nobody knows when they have saved. Each worker hears that by itself.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     try:
+        resource_tracker.ensure_running()  # the server's start would start it, and Python unblocks SIGTERM with that
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         with _without([name for name in os.environ if name.startswith("SLURM_")]):
             yield
     finally:
