@@ -191,6 +191,36 @@ def test_a_controller_that_does_not_answer_loses_nothing(
     assert "--partition" not in script
 
 
+def test_no_more_is_sent_than_asked_for(
+    programs: Callable[[str, str], None], tiny_run: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    """Two jobs at once over all arrays, and five runs in the queue."""
+    folder = tmp_path / "runs" / ".study"
+    for tool in slurm.TOOLS:
+        programs(tool, "exit 1")
+    programs(
+        "squeue", f'cd {folder}/slurm; for name in normlab-*; do for i in 0 1 2; do echo "$name|$i|7|None"; done; done'
+    )
+    programs("sbatch", f'cat "$1" > {tmp_path}/script; echo "Submitted batch job 7"')
+    programs("srun", "exit 1")
+    os.environ["PATH"] += ":/usr/bin:/bin"
+    jobs = [Job(tiny_run(seed=seed)) for seed in range(5)]
+    with SlurmEngine(folder, SlurmOptions(array_parallelism=2, max_queued=5)) as engine:
+        assert engine.free == 5
+        engine.start([[job] for job in jobs[:3]])
+        assert "#SBATCH --array=0-2%2\n" in (tmp_path / "script").read_text()
+        assert engine.free == 0
+        (batch,) = (folder / "slurm").glob("normlab-*")
+        for index in (0, 1):
+            row = {"id": jobs[index].id, "reason": "", "again": False}
+            (batch / f"{index}.ended.jsonl").write_text(json.dumps(row) + "\n")
+        assert [over.job for over in engine.ended()] == jobs[:2]
+        assert engine.free == 4
+        engine.start([[job] for job in jobs[3:]])
+        assert "#SBATCH --array=0-1%1\n" in (tmp_path / "script").read_text()
+        assert engine.free == 0
+
+
 def test_a_job_that_waits_for_ever_is_said_once(
     programs: Callable[[str, str], None],
     tiny_run: Callable[..., RunConfig],

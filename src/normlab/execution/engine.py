@@ -44,7 +44,7 @@ class SlurmOptions:
         mem: memory of a job, such as 8G.
         constraint: features that a node must have.
         runs_per_job: runs that one job does; more of them wait less, and share its start.
-        array_parallelism: jobs that run at once; 0 leaves it to SLURM.
+        array_parallelism: jobs that run at once, in all arrays of the study; 0 leaves it to SLURM.
         max_queued: runs in the queue or at work; the others wait in the study.
         requeues: how many times a job goes back into the queue when its time is up.
         setup: a line of shell before each job, such as "module load cuda".

@@ -132,6 +132,10 @@ class SlurmEngine:
 
     @property
     def free(self) -> int:
+        """None while as many jobs as asked for are under way: SLURM bounds one array alone, and a study sends many
+        as its runs become ready."""
+        if self.options.array_parallelism and self._tasks_left >= self.options.array_parallelism:
+            return 0
         under_way = sum(any(job.id in task.left for job in group) for task in self._tasks for group in task.groups)
         return max(0, self.options.max_queued - under_way)
 
@@ -189,6 +193,10 @@ class SlurmEngine:
                 f"scancel {numbers or '--me'} ends them, with a checkpoint each"
             )
         self._batches = {}
+
+    @property
+    def _tasks_left(self) -> int:
+        return sum(bool(task.left) for task in self._tasks)
 
     @property
     def _batches_folder(self) -> Path:
@@ -252,7 +260,9 @@ class SlurmEngine:
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-        options = self.options
+        options, count = self.options, len(batch.tasks)
+        others = self._tasks_left - count
+        at_once = max(1, options.array_parallelism - others) if options.array_parallelism else count
         given = {name: getattr(options, name) for name in ("partition", "account", "qos", "gres", "mem", "constraint")}
         given = {name: value for name, value in given.items() if value}
         hidden = [name for name in os.environ if _is_in_the_way(name, {*given, "time", *options.sbatch})]
@@ -268,14 +278,13 @@ class SlurmEngine:
                 cpus_per_task=options.cpus,
                 srun_args=["--cpus-per-task", str(options.cpus)],  # since 22.05 srun does not have it from sbatch
                 signal_delay_s=SAVE_SECONDS,
-                array_parallelism=options.array_parallelism or len(batch.tasks),
+                array_parallelism=at_once,
                 setup=[options.setup] if options.setup else None,
                 wckey=None,
                 additional_parameters={"requeue": True, **options.sbatch},
             )
-            folder, count = str(batch.folder), len(batch.tasks)
             try:
-                sent = executor.map_array(ArrayTask(), [folder] * count, range(count))
+                sent = executor.map_array(ArrayTask(), [str(batch.folder)] * count, range(count))
             except (FailedJobError, FailedSubmissionError) as error:
                 if any(words in str(error) for words in NO_ANSWER):
                     return  # it may have got them all the same: the queue will tell
