@@ -67,7 +67,8 @@ class _Runner:
             wanted = {run.id for state in states for run in state.missing} | self.attempts.keys()
             busy = [job for job in engine.jobs if job.id in wanted]  # it may know of jobs of other studies
             display.show(states, busy, elsewhere)
-            if not busy and not elsewhere and engine.free:
+            waits_for_room = not engine.free and any(state.missing for state in states)
+            if not busy and not elsewhere and not waits_for_room:
                 return
             time.sleep(POLL_SECONDS)
             over = [ended for ended in engine.ended() if ended.job.id in wanted]
