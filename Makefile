@@ -12,9 +12,16 @@ ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+# make would look for commands in what it hands on.
+unexport NORM MODEL DATA SEED CONFIG CLAIM SCALE WHERE
+
+# What a variable holds, as one word for the shell: neither make nor the shell looks for commands in it.
+quoted = '$(subst ','\'',$(value $(1)))'
+# The flag of a variable, if it has a value: its name, and the variable's.
+flag = $(if $(value $(2)),$(1) $(call quoted,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study report exact test check format watch norms bench lock clean
+.PHONY: help setup train study report exact test check format status watch norms bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -47,10 +54,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
-	@$(PY) -m normlab train $(if $(CONFIG),--config "$(CONFIG)") $(if $(MODEL),--model "$(MODEL)") $(if $(NORM),--norm "$(NORM)") $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
+	@$(PY) -m normlab train $(call flag,--config,CONFIG) $(call flag,--model,MODEL) $(call flag,--norm,NORM) $(call flag,--data,DATA) $(call flag,--seed,SEED) $(ARGS)
 
 study: $(READY) ## run what an argument still misses: CLAIM SCALE WHERE; without CLAIM list all
-	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WHERE),--where "$(WHERE)") $(ARGS)
+	@$(PY) -m normlab study $(if $(value CLAIM),$(call quoted,CLAIM)) $(call flag,--scale,SCALE) $(call flag,--where,WHERE) $(ARGS)
 
 exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
 	@$(PY) -m normlab exact $(ARGS)
@@ -71,9 +78,11 @@ format: $(READY) ## format and fix what can be fixed
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-watch: $(READY) ## open the terminal viewer on local runs
-	@test -d runs/wandb || { echo "there is no run in runs/wandb to watch yet: make train"; exit 2; }
-	@$(VENV)/bin/wandb leet runs/wandb
+status: $(READY) ## how far all runs are, also while they run; ARGS: --watch, --state running,failed, --claim d2, --json
+	@$(PY) -m normlab status $(ARGS)
+
+watch: $(READY) ## watch runs in the terminal: their curves if W&B mirrors them, else the table of make status, live
+	@$(PY) -m normlab watch $(ARGS)
 
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from normlab.config import InputError
 from normlab.execution.jobs import JOB_FILE, Job, read_job
+from normlab.machine.terminal import printable
 from normlab.records.disk import to_json, write_atomically
 
 __all__ = ["main", "perform"]
@@ -31,7 +32,7 @@ def main() -> int:
             if not perform(read_job(Path(path))):
                 return 143
         except InputError as error:
-            print(f"normlab: error: {error}", file=sys.stderr)
+            print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
             code = 2
     return code
 

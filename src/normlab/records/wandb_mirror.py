@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import re
 import secrets
 import shlex
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from normlab.config import RunConfig, config_to_dict, model_label
+from normlab.machine.terminal import printable
+from normlab.records.disk import read_bytes, write_atomically
 from normlab.records.environment import program
 
 __all__ = ["WandbMirror"]
@@ -31,7 +34,7 @@ FINISH_SECONDS = 5.0
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 class WandbMirror:
@@ -174,11 +177,19 @@ def _shared_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _wandb_id(record_folder: Path) -> str:
-    """The run's id in W&B, kept with the record: a resumed run goes on there, one trained afresh is another."""
-    path = record_folder / "wandb_id"
-    if not path.exists():
-        path.write_text(f"{record_folder.name}-{secrets.token_hex(3)}\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    """The run's id in W&B, kept with the record: a resumed run goes on there, one trained afresh is another.
+
+    It is part of a path and chooses the run that is written to, so that one of another form is replaced.
+    """
+    path, name = record_folder / "wandb_id", record_folder.name
+    try:
+        kept = read_bytes(path).decode("utf-8", "replace").strip()
+    except FileNotFoundError:
+        kept = ""
+    if not re.fullmatch(re.escape(name) + "-[0-9a-f]{6}", kept):
+        kept = f"{name}-{secrets.token_hex(3)}"
+        write_atomically(path, kept + "\n")
+    return kept
 
 
 def _mode(asked: str, wandb: Any) -> tuple[str, str]:
@@ -191,7 +202,9 @@ def _mode(asked: str, wandb: Any) -> tuple[str, str]:
     if not _has_key(settings):
         return "offline", "" if asked == "auto" else "there is no API key; log in with `wandb login`"
     if not _answers(settings.base_url):
-        return "offline", f"{settings.base_url} does not answer"
+        address = urlsplit(settings.base_url)
+        # Without a name and password that may stand before the host.
+        return "offline", f"{address.scheme}://{address.netloc.rpartition('@')[2]} does not answer"
     return "online", ""
 
 
