@@ -1,7 +1,7 @@
 """A worker that trains nothing, slowly: a row every tenth of a second, which is its checkpoint too. No torch.
 
-Each start is a line of `<runs_dir>/starts`, with why the run did not end before: "never", "killed", or "SIGTERM" if it
-saved.
+In the middle it waits until there is a file `<runs_dir>/go`. Each start is a line of `<runs_dir>/starts`, with why the
+run did not end before: "never", "killed", or "SIGTERM" if it saved.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from normlab.execution.jobs import read_job
 from normlab.records.record import Outcome, RunRecord
 
-STEPS = 40
+STEPS = 20
 SECONDS_PER_STEP = 0.1
 SECONDS_TO_SAVE = 1.0
 
@@ -31,6 +31,8 @@ def main() -> None:
     record.start(step)
     while step < STEPS:
         time.sleep(SECONDS_PER_STEP)
+        while step == STEPS // 2 and not received and not (record.folder.parent / "go").exists():
+            time.sleep(0.02)
         if received:
             time.sleep(SECONDS_TO_SAVE)
             record.finish(Outcome("interrupted", "SIGTERM", step))
