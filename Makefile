@@ -42,7 +42,7 @@ help: ## print this help
 	@echo "  variables of make study:"
 	@echo "    CLAIM   an argument's id or the beginning of it, the letter of a section, or all"
 	@echo "    SCALE   small (CPU, minutes) or full (one GPU)"
-	@echo "    WHERE   local (processes on this machine)"
+	@echo "    WHERE   local (processes on this machine) or slurm (jobs of a cluster: docs/running.md)"
 	@echo
 	@echo "  make train NORM=ln MODEL=lstm DATA=ptb_char SEED=3"
 	@echo "  every flag: $(PY) -m normlab train --help"
