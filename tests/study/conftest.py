@@ -26,8 +26,6 @@ def slow_site(tmp_path: Path) -> Path:
     site.mkdir()
     worker = str(Path(__file__).with_name("slow_worker.py"))
     (site / "sitecustomize.py").write_text(
-        "import normlab.execution.local as local\n"
-        f"local.WORKER = ({worker!r},)\n"
-        "local._processes.set_forkserver_preload([])\n"
+        f"import normlab.execution.local as local\nlocal.WORKER = ({worker!r},)\nlocal.PRELOADED = []\n"
     )
     return site

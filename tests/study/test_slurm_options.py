@@ -77,7 +77,9 @@ def test_a_signal_to_all_processes_of_a_task_ends_it_after_its_runs_have_saved(
     jobs = [Job(tiny_run(seed=seed)) for seed in (1, 2)]
     for job in jobs:
         write_job(folder / f"{job.id}.yaml", job)
-    (batch / BATCH_FILE).write_text(json.dumps({"tasks": [[[job.id] for job in jobs]], "workers": 2}))
+    (batch / BATCH_FILE).write_text(
+        json.dumps({"tasks": [[[job.id] for job in jobs]], "workers": 2, "runs_per_gpu": 0})
+    )
     mark = f"MARK={tmp_path}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(slow_site), *sys.path]), "MARK": str(tmp_path)}
     script = f"from normlab.execution.slurm import ArrayTask; ArrayTask()({str(batch)!r}, 0)"

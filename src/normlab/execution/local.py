@@ -29,6 +29,7 @@ __all__ = ["LocalWorkers", "Method"]
 Method = Literal["forkserver", "spawn"]
 
 WORKER = ("-m", "normlab.execution.worker")
+PRELOADED = ["normlab.execution.preloaded"]
 STOP_SECONDS = 60.0
 """How long a worker has to end its step and write a checkpoint before it is killed."""
 
@@ -213,7 +214,7 @@ def _start(paths: Sequence[Path], log: Path, changes: Mapping[str, str], method:
     arguments = (WORKER, [str(path) for path in paths], str(log), os.getcwd(), environment)
     if method == "forkserver":
         forked = multiprocessing.get_context("forkserver")
-        forked.set_forkserver_preload(["normlab.execution.preloaded"])
+        forked.set_forkserver_preload(PRELOADED)
         process, starts_with = forked.Process(target=_begin, args=arguments), SERVER_ENVIRONMENT
     else:
         process, starts_with = multiprocessing.get_context("spawn").Process(target=_begin, args=arguments), changes
