@@ -134,6 +134,9 @@ def _study(arguments: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the runs instead")
     parser.add_argument("--where", type=Literal["local"], default="local", help="local: processes on this machine")
     parser.add_argument("--workers", type=int, default=0, help="runs at once; 0 takes one per core, at scale full 1")
+    parser.add_argument(
+        "--stack", type=int, default=0, help="runs trained as one model; 0: several where that is faster, 1: never"
+    )
     parser.add_argument("--wandb", type=Literal["auto", "online", "offline", "off"], default="off", help="as of train")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     parser.add_argument("--results_dir", type=str, default="results", help="folder of the tables")
@@ -142,7 +145,7 @@ def _study(arguments: list[str]) -> int:
     from normlab.study.command import study
 
     output = OutputConfig(runs_dir=options.runs_dir, wandb=options.wandb, progress=False)
-    execution = ExecutionOptions(where=options.where, workers=options.workers)
+    execution = ExecutionOptions(where=options.where, workers=options.workers, stack=options.stack)
     return study(options.claim, options.scale, output, Path(options.results_dir), execution, dry_run=options.dry_run)
 
 

@@ -22,14 +22,19 @@ class ExecutionOptions:
     Args:
         where: local (processes on this machine).
         workers: worker processes at once; 0 takes one per core, at scale full one, which has the GPU to itself.
+        stack: runs that are trained as one model, which differ in seed and learning rate alone: 0 takes several where
+            that was measured to be faster, 1 none, any other number up to so many.
     """
 
     where: Where = "local"
     workers: int = 0
+    stack: int = 0
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise InputError(f"workers is {self.workers}; it must be at least 1, or 0 for one per core")
+        if self.stack < 0:
+            raise InputError(f"stack is {self.stack}; it must be at least 1, or 0 to stack where that is faster")
 
 
 @dataclass(frozen=True)

@@ -40,4 +40,5 @@ def study(
     if dry_run:
         print_plan(chosen, workers, console)
         return 0
-    return 1 if run_study(chosen, LocalWorkers(workers, Path(output.runs_dir) / ".study"), console) else 0
+    engine = LocalWorkers(workers, Path(output.runs_dir) / ".study")
+    return 1 if run_study(chosen, engine, console, options.stack) else 0

@@ -1,6 +1,6 @@
 """Which runs can be trained as one stacked model, and whether that was found to be faster. No torch: studies ask too.
 
-    runs/.study/stacks/<like>.json   what was measured for runs that differ in seed and learning rate alone
+runs/.study/stacks/<like>.json   what was measured for runs that differ in seed and learning rate alone
 """
 
 from __future__ import annotations

@@ -367,9 +367,7 @@ class _Stack:
             return
         for run in self.runs:
             if run.guard.diverged:
-                results = run_facts(
-                    run.module, run.recorder.tokens_per_second, cast(pl.Trainer, run.trainer)
-                )
+                results = run_facts(run.module, run.recorder.tokens_per_second, cast(pl.Trainer, run.trainer))
                 run.outcome = Outcome("diverged", run.guard.reason, run.step, run.seconds.seconds, results)
         self.runs = [self.runs[place] for place in kept]
         if self.runs:

@@ -138,7 +138,9 @@ class StackedModel:
     ) -> Tensor:
         return functional_call(self._one, (dict(parameters), dict(buffers)), (tokens_BT, mask_BT)).logits
 
-    def _mapped(self, forward: Callable[..., Any], batch_dim: int | None, chunk: int | None = None) -> Callable[..., Any]:
+    def _mapped(
+        self, forward: Callable[..., Any], batch_dim: int | None, chunk: int | None = None
+    ) -> Callable[..., Any]:
         """`forward` over the runs; `batch_dim` is None if all of them see the same batch."""
 
         def call(parameters: Any, buffers: Any, tokens: Tensor, mask: Tensor | None) -> Any:
@@ -280,4 +282,5 @@ def _joined(batches: Sequence[Batch], device: torch.device) -> Batch:
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(None if value is None else value.to(device) for value in batch))
+    moved = {name: value.to(device) for name, value in batch._asdict().items() if value is not None}
+    return batch._replace(**moved)
