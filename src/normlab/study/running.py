@@ -31,7 +31,7 @@ ELSEWHERE_SECONDS = 2.0
 """Between two looks at runs of another process."""
 
 
-def run_study(study: Study, engine: Engine, console: Console, stack: int = 0) -> int:
+def run_study(study: Study, engine: Engine, console: Console, stack: int = 1) -> int:
     """Run what is missing, and write the tables; a line per argument at the end.
 
     Args:

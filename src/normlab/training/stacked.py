@@ -28,6 +28,7 @@ from torch import Tensor
 from normlab.config import InputError, RunConfig, run_id
 from normlab.data.batches import Batch
 from normlab.data.prepared import PreparedText, prepare
+from normlab.models.recurrent import Recurrent
 from normlab.records.record import Outcome, RunRecord
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.training.datamodule import TextDataModule, WholeRun
@@ -121,9 +122,10 @@ def _last_checkpoint(record: RunRecord, text: PreparedText) -> dict[str, Any] | 
 
 def _advance(text: PreparedText, alike: Sequence[tuple[RunRecord, dict[str, Any]]]) -> bool:
     """As `advance_stacked`, of runs that have done equally many steps."""
-    clock = Stopwatch()
-    runs = [_Run(record, text, stored, clock) for record, stored in alike if _is_ours(record)]
+    clock, runs = Stopwatch(), []
+    ours = [(record, stored) for record, stored in alike if _is_ours(record)]
     try:
+        runs = [_Run(record, text, stored, clock) for record, stored in ours]
         runs = [run for run in runs if belongs_to(run.stored, run.module)]
         return len(runs) < 2 or _Stack(text, runs, clock).train()
     except RuntimeError as error:  # out of memory, or an operator that knows no run axis
@@ -132,6 +134,8 @@ def _advance(text: PreparedText, alike: Sequence[tuple[RunRecord, dict[str, Any]
     finally:
         for run in runs:
             run.leave()
+        for record, _ in ours:
+            record.release()
 
 
 def _is_ours(record: RunRecord) -> bool:
@@ -166,9 +170,10 @@ class _StandIn:
     world_size = 1
     is_global_zero = True
 
-    def __init__(self, max_steps: int, save: Callable[[Path, bool], None], device: torch.device) -> None:
-        self.max_steps = max_steps
-        self.global_step = 0
+    def __init__(
+        self, global_step: int, max_steps: int, save: Callable[[Path, bool], None], device: torch.device
+    ) -> None:
+        self.global_step, self.max_steps = global_step, max_steps
         self.should_stop = False
         self.limit_val_batches = 1.0
         self.callback_metrics: dict[str, Any] = {}
@@ -195,7 +200,7 @@ class _Run:
         self.loader = WholeRun(data.train_dataloader(), training.steps)
         self.batches: Iterator[Batch] = iter(())
         self.seconds = _Share(clock)
-        self.trainer = _StandIn(training.steps, self._save, self.module.device)
+        self.trainer = _StandIn(stored["global_step"], training.steps, self._save, self.module.device)
         off = dataclasses.replace(config, output=dataclasses.replace(config.output, wandb="off"))
         self.recorder = Recorder(record, WandbMirror.start(off, record.folder), self.seconds)
         self.guard = DivergenceGuard(training.divergence_nats)
@@ -215,7 +220,6 @@ class _Run:
     def begin(self) -> None:
         """Go on from the checkpoint."""
         stored = self.stored
-        self.trainer.global_step = stored["global_step"]
         self.module.load_state_dict(stored["state_dict"])
         self.loader.load_state_dict(_loops(stored)["state_dict"]["combined_loader"][0])
         self.batches = iter(self.loader)
@@ -252,7 +256,10 @@ class _Run:
     def leave(self) -> None:
         """Write how the run ended, or that it is to go on, and give the record free."""
         pending = Outcome("interrupted", "trained in a stack; to be gone on with", self.step, self.seconds.seconds)
-        self.record.finish(self.outcome or pending)
+        try:
+            self.record.finish(self.outcome or pending)
+        except OSError:
+            self.record.release()  # the disk is full or gone: a reader finds "running" without a process, so "killed"
 
     def _fetch_weights(self) -> None:
         assert self.stack is not None
@@ -316,6 +323,8 @@ class _Stack:
             run.stack, run.place = self.model, place
             environment = run.record.environment()
             environment["stacked"] = {"runs": len(runs), "place": place, "from_step": run.step}
+            if any(isinstance(part, Recurrent) for part in run.module.modules()):
+                environment["stacked"]["recurrence"] = "reference"  # kernels do not know the run axis
             run.record.write_environment(environment)
 
     def train(self) -> bool:
@@ -325,17 +334,17 @@ class _Stack:
         with self.signals:
             self.clock.start()
             while self.runs and self.runs[0].step < self.training.steps:
-                if self.signals.received is not None:
+                if self._step():
                     self._interrupt()
                     return False
-                self._step()
                 if self.runs and time.monotonic() - said > LINE_SECONDS:
                     said, run = time.monotonic(), self.runs[0]
                     losses = " ".join(f"{float(run.module.last_loss_nats):.3f}" for run in self.runs)
                     print(f"step {run.step}/{self.training.steps}: losses {losses} nats", flush=True)
         return True
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """One step of all runs; whether it is to be the last one, because a signal came."""
         began = self.clock.seconds
         step = self.runs[0].step
         batches = [next(run.batches) for run in self.runs]
@@ -350,6 +359,7 @@ class _Stack:
             with self.clock.held():
                 self._validate()
         self._drop_diverged()
+        return stopping
 
     def _validate(self) -> None:
         totals = torch.zeros(3, len(self.runs), dtype=torch.float64, device=self.model.device)

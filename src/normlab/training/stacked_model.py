@@ -96,7 +96,7 @@ class StackedModel:
                 self.buffers[name][places] = value
         self._apart.clear()
         norms = self._clip()
-        self._update(torch.tensor(rates, device=self.device))
+        self._update(torch.tensor(rates, dtype=norms.dtype, device=self.device))
         return StepNumbers(losses.detach(), None if penalties is None else penalties.detach(), norms)
 
     def _losses(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor | None]:
