@@ -34,8 +34,12 @@ def at(config: RunConfig, seed: int, rate: float, runs_dir: Path | None = None) 
     return dataclasses.replace(config, seed=seed, optim=dataclasses.replace(config.optim, lr=rate), output=output)
 
 
-def assert_steps_agree(config: RunConfig, steps: int = 4) -> None:
-    """In float64, where rounding decides nothing: losses, gradient norms, weights, stored statistics, Adam's state."""
+def assert_steps_agree(config: RunConfig, steps: int = 3) -> list[set[tuple[int, ...]]]:
+    """In float64, where rounding decides little: losses, gradient norms, weights, stored statistics, Adam's state.
+
+    Returns:
+        The shapes of the runs' batches, by step.
+    """
     text = prepare(config.data)
     configs = [at(config, 1, 3e-3), at(config, 2, 3e-2), at(config, 3, 1e-2)]
     modules: list[TextModule] = []
@@ -52,12 +56,12 @@ def assert_steps_agree(config: RunConfig, steps: int = 4) -> None:
         for place, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
             loss = module.training_step(batches[place][step], step)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(module.model.parameters(), config.optim.clip)
+            norm = torch.nn.utils.clip_grad_norm_(module.model.parameters(), config.optim.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad()
             penalty = 0.0 if found.penalty_nats is None else float(found.penalty_nats[place])
-            assert float(found.loss_nats[place]) + penalty == pytest.approx(float(loss.detach()), rel=1e-9)
-            assert float(found.gradient_norm[place]) == pytest.approx(float(norm), rel=1e-6)
+            assert float(found.loss_nats[place]) + penalty == pytest.approx(float(loss.detach()), rel=1e-7)
+            assert float(found.gradient_norm[place]) == pytest.approx(float(norm), rel=1e-5)
     for place, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
         for name, value in module.model.named_parameters():
             torch.testing.assert_close(stack.parameters[name][place], value, rtol=1e-6, atol=1e-7)
@@ -69,16 +73,22 @@ def assert_steps_agree(config: RunConfig, steps: int = 4) -> None:
         for index, state in expected.items():
             for key, value in state.items():
                 torch.testing.assert_close(got[index][key], value, rtol=1e-5, atol=1e-9)
+    return [{tuple(of_run[step].tokens_BT.shape) for of_run in batches} for step in range(steps)]
 
 
-def sized(model: str) -> dict[str, Any]:
-    return {"lstm": {"model__layers": 2}, "transformer": {"model__layers": 2, "model__heads": 2}, "mlp": {}}[model]
+def small(model: str, norm: str) -> dict[str, Any]:
+    changes: dict[str, Any] = {"model": model, "model__norm": norm}
+    if model == "transformer":
+        changes |= {"model__layers": 1, "model__heads": 2}
+    if norm == "gn":  # groups of two features give +1 and -1, however little they differ
+        changes["model__norm_options__groups"] = 2
+    return changes
 
 
 @pytest.mark.parametrize("model", ["lstm", "transformer", "mlp"])
 @pytest.mark.parametrize("norm", available_norms())
 def test_every_norm_takes_the_same_steps_in_a_stack(tiny_run: Build, model: str, norm: str):
-    assert_steps_agree(tiny_run(model=model, model__norm=norm, optim__weight_decay=0.1, **sized(model)))
+    assert_steps_agree(tiny_run(optim__weight_decay=0.1, **small(model, norm)))
 
 
 @pytest.mark.parametrize("model", ["lstm", "transformer", "mlp"])
@@ -86,13 +96,15 @@ def test_every_norm_takes_the_same_steps_in_a_stack(tiny_run: Build, model: str,
 def test_so_does_every_norm_of_a_classifier_whose_batches_differ_in_size(
     tiny_run: Build, tiny_labels: Path, model: str, norm: str
 ):
-    """300 texts in batches of 7 or 8; the longest text of a batch is another one in each run."""
+    """Batches of 6 or 7 texts; the longest of them is another one in each run."""
     if (model, norm) == ("mlp", "inorm"):
         pytest.skip("this classifier refuses inorm")
-    changes = {"data__corpus": str(tiny_labels), "data__length": 0, "data__batch_size": 7, **sized(model)}
+    changes = {"data__corpus": str(tiny_labels), "data__length": 0, "data__batch_size": 7, **small(model, norm)}
     if model == "lstm":
-        changes |= {"model__bidirectional": True, "model__layers": 1}
-    assert_steps_agree(tiny_run(model=model, model__norm=norm, **changes))
+        changes["model__bidirectional"] = True
+    shapes = assert_steps_agree(tiny_run(**changes), steps=2)
+    assert all(len({steps for _, steps in found}) > 1 for found in shapes)
+    assert any(len({rows for rows, _ in found}) > 1 for found in shapes)
 
 
 OPTIONS = {
@@ -114,10 +126,15 @@ def test_options_act_in_a_stack_as_they_do_alone(tiny_run: Build, name: str):
     assert_steps_agree(tiny_run(**{"model__norm": "ln", "optim__clip": 0.5, **OPTIONS[name]}))
 
 
-def assert_same_run(got: RunRecord, expected: RunRecord, rel: float = 2e-3) -> None:
-    """Rows, outcome and checkpoints of a run in a stack, in float32, against those of the run by itself."""
-    assert [row.keys() for row in got.metrics()] == [row.keys() for row in expected.metrics()]
-    for ours, theirs in zip(got.metrics(), expected.metrics(), strict=True):
+def assert_same_run(got: RunRecord, expected: RunRecord, stopped_at: int = 0, rel: float = 2e-3) -> None:
+    """Rows, outcome and checkpoints of a run in a stack, in float32, against those of the run by itself.
+
+    Args:
+        stopped_at: a step at which the run was stopped, which leaves a row.
+    """
+    rows = [row for row in got.metrics() if row["step"] != stopped_at]
+    assert [row.keys() for row in rows] == [row.keys() for row in expected.metrics()]
+    for ours, theirs in zip(rows, expected.metrics(), strict=True):
         for name in theirs.keys() - TIMED:
             assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=1e-4, nan_ok=True), (name, theirs["step"])
     ours, theirs = got.outcome(), expected.outcome()
@@ -184,34 +201,36 @@ def test_a_stopped_stack_goes_on_in_part_stacked_in_part_by_itself(
     """Stopped by a signal between two checkpoints, then at once, as by a kill: rows after the last one are lost."""
     rates = {1: 1e-3, 2: 1e-2, 3: 3e-3}
     config = tiny_run(model="transformer", model__norm="ln", model__heads=2, model__layers=1, training__steps=20)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, checkpoint_every=4))
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, checkpoint_every=4, valid_every=7)
+    )
     alone = [train(at(config, seed, rate, tmp_path / "alone")) for seed, rate in rates.items()]
     configs = [at(config, seed, rate) for seed, rate in rates.items()]
     step, taken = StackedModel.step, []
 
     def stopping(self: StackedModel, *args: Any) -> Any:
         taken.append(len(self))
-        if len(taken) == 6:
+        if len(taken) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        if len(taken) == 12:
+        if len(taken) == 11:  # 6 steps done, and then 5 more
             raise KeyboardInterrupt
         return step(self, *args)
 
     monkeypatch.setattr(StackedModel, "step", stopping)
     stopped = train_stacked(configs)
     assert [(record.outcome().state, record.outcome().reason) for record in stopped] == [("interrupted", "SIGTERM")] * 3
-    assert [record.outcome().step for record in stopped] == [7] * 3
+    assert [record.outcome().step for record in stopped] == [6] * 3
     with pytest.raises(KeyboardInterrupt):
         train_stacked(configs)
     assert {record.outcome().state for record in stopped} == {"interrupted"}
-    assert [record.environment()["stacked"]["from_step"] for record in stopped] == [7] * 3
-    assert max(row["step"] for row in stopped[0].metrics()) > 10
+    assert [record.environment()["stacked"]["from_step"] for record in stopped] == [6] * 3
+    assert stopped[0].metrics()[-1]["step"] == 10
     first = train(configs[0])
     rest = train_stacked(configs[1:])
-    assert taken[12] == 2
-    assert [record.environment()["stacked"]["from_step"] for record in rest] == [12, 12]
+    assert taken[11] == 2
+    assert [record.environment()["stacked"]["from_step"] for record in rest] == [8, 8]
     for got, expected in zip([first, *rest], alone, strict=True):
-        assert_same_run(got, expected)
+        assert_same_run(got, expected, stopped_at=6)
 
 
 def test_runs_that_have_done_unlike_numbers_of_steps_are_not_stacked(tiny_run: Build):
