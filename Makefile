@@ -8,6 +8,7 @@ CONFIG ?=
 CLAIM ?=
 SCALE ?=
 WHERE ?=
+STACK ?=
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -33,6 +34,7 @@ help: ## print this help
 	@echo "    CLAIM   an argument's id or the beginning of it, the letter of a section, or all"
 	@echo "    SCALE   small (CPU, minutes) or full (one GPU)"
 	@echo "    WHERE   local (processes on this machine)"
+	@echo "    STACK   runs trained as one model: 1 never, a number up to so many; else several where that is faster"
 	@echo
 	@echo "  make train NORM=ln MODEL=lstm DATA=ptb_char SEED=3"
 	@echo "  every flag: $(PY) -m normlab train --help"
@@ -49,8 +51,8 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
 	@$(PY) -m normlab train $(if $(CONFIG),--config "$(CONFIG)") $(if $(MODEL),--model "$(MODEL)") $(if $(NORM),--norm "$(NORM)") $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
 
-study: $(READY) ## run what an argument still misses: CLAIM SCALE WHERE; without CLAIM list all
-	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WHERE),--where "$(WHERE)") $(ARGS)
+study: $(READY) ## run what an argument still misses: CLAIM SCALE WHERE STACK; without CLAIM list all
+	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WHERE),--where "$(WHERE)") $(if $(STACK),--stack "$(STACK)") $(ARGS)
 
 exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
 	@$(PY) -m normlab exact $(ARGS)
