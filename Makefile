@@ -9,13 +9,22 @@ CLAIM ?=
 SCALE ?=
 WHERE ?=
 STACK ?=
+ENTITY ?=
+PROJECT ?=
 ARGS ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+# make would look for commands in what it hands on.
+unexport NORM MODEL DATA SEED CONFIG CLAIM SCALE WHERE
+
+# What a variable holds, as one word for the shell: neither make nor the shell looks for commands in it.
+quoted = '$(subst ','\'',$(value $(1)))'
+# The flag of a variable, if it has a value: its name, and the variable's.
+flag = $(if $(value $(2)),$(1) $(call quoted,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study report exact test check format watch norms bench lock clean
+.PHONY: help setup train study report exact test check format status watch dashboard norms metrics bench lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
@@ -49,10 +58,10 @@ $(READY): pyproject.toml constraints.txt
 	@touch $(READY)
 
 train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
-	@$(PY) -m normlab train $(if $(CONFIG),--config "$(CONFIG)") $(if $(MODEL),--model "$(MODEL)") $(if $(NORM),--norm "$(NORM)") $(if $(DATA),--data "$(DATA)") $(if $(SEED),--seed "$(SEED)") $(ARGS)
+	@$(PY) -m normlab train $(call flag,--config,CONFIG) $(call flag,--model,MODEL) $(call flag,--norm,NORM) $(call flag,--data,DATA) $(call flag,--seed,SEED) $(ARGS)
 
 study: $(READY) ## run what an argument still misses: CLAIM SCALE WHERE STACK; without CLAIM list all
-	@$(PY) -m normlab study $(if $(CLAIM),"$(CLAIM)") $(if $(SCALE),--scale "$(SCALE)") $(if $(WHERE),--where "$(WHERE)") $(if $(STACK),--stack "$(STACK)") $(ARGS)
+	@$(PY) -m normlab study $(if $(value CLAIM),$(call quoted,CLAIM)) $(call flag,--scale,SCALE) $(call flag,--where,WHERE) $(call flag,--stack,STACK) $(ARGS)
 
 exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
 	@$(PY) -m normlab exact $(ARGS)
@@ -73,12 +82,20 @@ format: $(READY) ## format and fix what can be fixed
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-watch: $(READY) ## open the terminal viewer on local runs
-	@test -d runs/wandb || { echo "there is no run in runs/wandb to watch yet: make train"; exit 2; }
-	@$(VENV)/bin/wandb leet runs/wandb
+status: $(READY) ## how far all runs are, also while they run; ARGS: --watch, --state running,failed, --claim d2, --json
+	@$(PY) -m normlab status $(ARGS)
+
+watch: $(READY) ## watch runs in the terminal: their curves if W&B mirrors them, else the table of make status, live
+	@$(PY) -m normlab watch $(ARGS)
+
+dashboard: $(READY) ## W&B workspaces and report of all arguments: ENTITY PROJECT; without an account as files
+	@$(PY) scripts/wandb_workspace.py $(if $(ENTITY),--entity "$(ENTITY)") $(if $(PROJECT),--project "$(PROJECT)") $(ARGS)
 
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py
+
+metrics: $(READY) ## write docs/metrics.md anew from the list of what runs log
+	@$(PY) scripts/metrics_table.py
 
 bench: $(READY) ## what norms cost in an LSTM (beside torch.nn.LSTM) and in a Transformer (beside ln); ARGS: the LSTM alone
 	@$(PY) scripts/bench_recurrence.py $(ARGS)

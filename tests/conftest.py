@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import random
 from collections.abc import Callable
@@ -64,6 +65,20 @@ def tiny_labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("labels") / "tiny.csv"
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def files_with() -> Callable[[Path, str], list[Path]]:
+    """Gives the files below a folder that hold a secret in their name or content, as it is or as HTTP sends it."""
+
+    def search(folder: Path, secret: str) -> list[Path]:
+        forms = [secret.encode(), secret.encode().hex().encode()]
+        for before in ("", "api:", "user:", ":"):  # base64 without its last digits, which depend on what follows
+            forms.append(base64.b64encode((before + secret).encode())[4:-4])
+        found = [path for path in folder.rglob("*") if path.is_file()]
+        return [path for path in found if any(form in path.name.encode() + path.read_bytes() for form in forms)]
+
+    return search
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import yaml
 
 from normlab.__main__ import main, parse_run
-from normlab.config import HuggingFaceConfig, TransformerConfig
+from normlab.config import HuggingFaceConfig, InputError, TransformerConfig, config_from_dict
 
 
 def test_short_flags_are_fields():
@@ -137,3 +139,55 @@ def test_help_names_every_norm_option_and_both_models(capsys: pytest.CaptureFixt
     assert "--model hf --help" in text
     for flag in ("--model.norm_options.eps", "--model.sites.hidden_to_hidden.gain", "--data.stream", "--resume"):
         assert flag in text
+
+
+def test_a_config_has_nothing_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "planted.py").write_text("open('it_ran', 'w')\nclass Foo: pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    named = {"class_path": "planted.Foo"}
+    for values in (
+        {"model": {"name": "hf", "architecture": "gpt2", "overrides": {"n_layer": named}}},
+        {"model": {"name": "hf", "architecture": "gpt2", "from_file": {"a": [named]}}},
+        {"model": {"name": "lstm", "sites": named}},
+        {"model": named},
+        {"optim": named},
+        {"seed": named},
+        {"data": "planted.Foo"},
+    ):
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+        with contextlib.suppress(InputError):  # in one line, or taken for plain values
+            parse_run(["--config", "run.yaml"])
+        assert not (tmp_path / "it_ran").exists()
+    __import__("planted")
+    assert (tmp_path / "it_ran").exists(), "it could not be imported at all"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"auto_map": {"AutoModelForCausalLM": "somebody/repo--code.Model"}}, "auto_map names code"),
+        ({"text_config": {"auto_map": {}}}, "text_config.auto_map names code"),
+        ({"attn_implementation": "somebody/kernel"}, "attn_implementation names a kernel"),
+        ({"_attn_implementation_internal": "somebody/kernel"}, "names a kernel"),
+        ({"parts": [{"experts_implementation": {"": "somebody/kernel"}}]}, "names a kernel"),
+    ],
+)
+def test_an_architecture_can_not_ask_for_code(fields: dict, said: str):
+    for part in ("overrides", "from_file"):
+        with pytest.raises(InputError, match=said):
+            config_from_dict({"model": {"name": "hf", "architecture": "gpt2", part: fields}})
+    values = {"model": {"name": "hf", "architecture": "gpt2", "overrides": {"attn_implementation": "eager"}}}
+    assert isinstance(config_from_dict(values).model, HuggingFaceConfig)
+
+
+def test_a_hostile_architecture_file_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pipe, deep, remote = tmp_path / "pipe.json", tmp_path / "deep.json", tmp_path / "remote.json"
+    os.mkfifo(pipe)
+    deep.write_text("[" * 100_000)
+    remote.write_text('{"model_type": "gpt2", "text_config": {"auto_map": {"AutoModel": "somebody/repo--code.Model"}}}')
+    for path, said in ((pipe, "is no plain file"), (deep, "is not JSON"), (remote, "auto_map names code")):
+        assert main(["train", "--model", f"hf:{path}"]) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1

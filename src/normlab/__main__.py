@@ -7,6 +7,7 @@ is imported, so that a mistake is answered at once (what only transformers knows
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from normlab.config import (
     MODELS,
@@ -30,6 +31,8 @@ from normlab.config import (
     require_choice,
     run_id,
 )
+from normlab.machine.terminal import printable
+from normlab.records.disk import read_yaml
 
 SHORT = {"--norm": "--model.norm", "--model": "--model.name", "--data": "--data.corpus"}
 
@@ -46,6 +49,8 @@ usage: python -m normlab COMMAND ...
 commands:
   train   train one run and record it      python -m normlab train --norm ln --model lstm --data pydocs
   show    show the record of a run         python -m normlab show RUN
+  status  how far all runs are             python -m normlab status [--watch]
+  watch   curves, or the live table        python -m normlab watch
   study   run what an argument misses      python -m normlab study [CLAIM]
   exact   compute the exact arguments      python -m normlab exact
   probe   measure on a finished run        python -m normlab probe NAME RUN
@@ -57,7 +62,16 @@ python -m normlab COMMAND --help says more; `make` lists what make can do."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code: 0, 2 for wrong input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "show": _show, "probe": _probe, "study": _study, "report": _report, "exact": _exact}
+    commands = {
+        "train": _train,
+        "show": _show,
+        "status": _status,
+        "watch": _watch,
+        "probe": _probe,
+        "study": _study,
+        "report": _report,
+        "exact": _exact,
+    }
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP)
         return 0
@@ -65,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_choice("command", arguments[0], commands)
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
-        print(f"normlab: error: {error}", file=sys.stderr)
+        print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print(f"normlab: stopped{AFTER_A_STOP.get(arguments[0], '')}", file=sys.stderr)
@@ -98,6 +112,56 @@ def _show(arguments: list[str]) -> int:
     return 0
 
 
+def _status(arguments: list[str]) -> int:
+    from normlab.records.status import Sort, Wanted, show_json, show_status, watch_status
+
+    parser = _parser("status", "How far all runs are: state, progress, losses, time left. Right while they run.")
+    parser.add_argument("runs_dir", type=str, nargs="?", default="runs", help="folder of records")
+    parser.add_argument("--state", type=str, default="", help="such as running,failed; empty takes all but archived")
+    parser.add_argument("--claim", type=str, default="", help="id of an argument or the beginning of one, such as d2")
+    parser.add_argument(
+        "--sort", type=Sort, default="state", help="state (under way first), run, loss (valid) or time (latest first)"
+    )
+    parser.add_argument(
+        "--limit", type=int | None, default=None, help="most runs to show, 0 for all; null: 50, in a pipe all"
+    )
+    parser.add_argument("--watch", action="store_true", help="go on showing them until Ctrl-C")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks of --watch")
+    parser.add_argument("--json", action="store_true", help="print JSON instead")
+    options = _parse(parser, arguments)
+    states = tuple(state.strip() for state in options.state.split(",") if state.strip())
+    wanted, runs_dir = Wanted(states, options.claim, options.sort, options.limit), Path(options.runs_dir)
+    if options.json and options.watch:
+        raise InputError("--json prints once; leave out --watch")
+    if options.json:
+        show_json(runs_dir, wanted)
+    elif options.watch:
+        watch_status(runs_dir, wanted, options.every)
+    else:
+        show_status(runs_dir, wanted)
+    return 0
+
+
+def _watch(arguments: list[str]) -> int:
+    parser = _parser(
+        "watch",
+        "The curves of runs that W&B mirrors, in its terminal viewer; if it does not mirror all that is under way, "
+        "the table of status, live.",
+    )
+    parser.add_argument("runs_dir", type=str, nargs="?", default="runs", help="folder of records")
+    runs_dir = Path(_parse(parser, arguments).runs_dir)
+    from normlab.records.progress import RunsFolder
+    from normlab.records.status import Wanted, are_mirrored, watch_status
+
+    statuses, _ = RunsFolder(runs_dir).look()
+    program = Path(sys.executable).with_name("wandb")
+    if are_mirrored(statuses) and (runs_dir / "wandb").is_dir() and program.exists():
+        os.execv(program, [str(program), "leet", str(runs_dir / "wandb")])
+    hint = "curves: W&B mirrors not all of these runs; a study has it with --wandb offline (make study: in ARGS)"
+    watch_status(runs_dir, Wanted(), every=2.0, hint=hint)
+    return 0
+
+
 def _probe(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         from normlab.probes.listing import show_probes
@@ -116,9 +180,15 @@ def _probe(arguments: list[str]) -> int:
     options = _parse(parser, rest).as_dict()
     runs, runs_dir = options.pop("runs"), options.pop("runs_dir")
     from normlab.probes.listing import show_measurement
+    from normlab.records.record import RunRecord
+    from normlab.records.wandb_mirror import mirror_probes
     from normlab.training.probing import run_probe
 
-    show_measurement(run_probe(cls(**options), runs, runs_dir=runs_dir))
+    measured = run_probe(cls(**options), runs, runs_dir=runs_dir)
+    show_measurement(measured)
+    mirror = mirror_probes([name], [RunRecord.open(run, runs_dir) for run in runs])
+    if mirror is not None and mirror.where():
+        print(mirror.where())
     return 0
 
 
@@ -261,7 +331,7 @@ def _model_name(arguments: Sequence[str]) -> str:
 
 def _model_in_file(path: Path) -> str | None:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
     except OSError as error:
         raise InputError(f"cannot read the config {str(path)!r}: {error.strerror}; configs/ holds some") from None
     except UnicodeDecodeError as error:
@@ -296,6 +366,8 @@ def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfi
 
 
 def _parser(command: str, description: str | None) -> ArgumentParser:
+    # Else a config with a `class_path` anywhere in model.overrides has the module of that name imported, which runs it.
+    set_parsing_settings(import_path_denylist=["*"])
     return ArgumentParser(
         prog=f"python -m normlab {command}", description=description, exit_on_error=False, allow_abbrev=False
     )
@@ -304,7 +376,7 @@ def _parser(command: str, description: str | None) -> ArgumentParser:
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
     try:
         return parser.parse_args(list(arguments))
-    except ArgumentError as error:
+    except (ArgumentError, ImportError) as error:  # ImportError: a value names something to import
         raise InputError(_one_line(parser, str(error))) from None
 
 
@@ -324,6 +396,9 @@ def _one_line(parser: ArgumentParser, message: str) -> str:
             require_choice("flag" if flag.startswith("-") else "argument", flag, group or [*short, *named])
         except InputError as error:
             return str(error)
+    imported = re.search(r"Importing '([^']*)' is not allowed", message)
+    if imported is not None:
+        return f"{imported[1]!r} stands where fields are expected; a config holds values and has nothing imported"
     choice = re.search(r'key "([^"]+)":.*?Literal\[([^]]*)\].*value: (\S+)', message, re.DOTALL)
     if choice is not None:
         key, choices, got = choice.groups()

@@ -67,7 +67,16 @@ def require_choice(what: str, value: str, choices: Iterable[str]) -> None:
 def available_norms() -> tuple[str, ...]:
     """Names of all norms: one file each in `normlab/norms/`; torch is not imported to list them."""
     folder = Path(__file__).parent / "norms"
-    infrastructure = {"__init__", "base", "batch_statistics", "fused", "moments", "recompute", "standardized"}
+    infrastructure = {
+        "__init__",
+        "base",
+        "batch_statistics",
+        "fused",
+        "kernels",
+        "moments",
+        "recompute",
+        "standardized",
+    }
     return tuple(sorted(path.stem for path in folder.glob("*.py") if path.stem not in infrastructure))
 
 
@@ -446,6 +455,8 @@ class HuggingFaceConfig:
             architecture, fields = _read_architecture(Path(self.architecture).expanduser())
             object.__setattr__(self, "architecture", architecture)
             object.__setattr__(self, "from_file", fields)
+        for name in ("overrides", "from_file"):
+            _require_no_code(getattr(self, name), f"model.{name}")
         for key in TEXT_FIELDS:
             _require(key not in self.overrides, f"model.overrides.{key} is decided by the text; leave it out")
 
@@ -457,14 +468,34 @@ _FILE_FACTS = ("architectures", "transformers_version", "_name_or_path", "dtype"
 """Fields of a config.json that say where it comes from, or in which precision it was saved."""
 
 
+def _require_no_code(fields: Any, where: str) -> None:
+    """Raise `InputError` for a field, at any depth, that has transformers fetch code from its hub and run it."""
+    if isinstance(fields, list | tuple):
+        for value in fields:
+            _require_no_code(value, where)
+    if not isinstance(fields, Mapping):
+        return
+    for key, value in fields.items():
+        inner = f"{where}.{key}"
+        _require(key != "auto_map", f"{inner} names code to fetch and run, which normlab does not do; leave it out")
+        if str(key).removesuffix("_internal").endswith("_implementation"):
+            named = value.values() if isinstance(value, Mapping) else [value]
+            _require(
+                not any(isinstance(name, str) and "/" in name for name in named),
+                f"{inner} names a kernel to fetch and run, which normlab does not do; use sdpa or eager",
+            )
+        _require_no_code(value, inner)
+
+
 def _read_architecture(path: Path) -> tuple[str, dict[str, Any]]:
     """Model type and other fields of a config.json, without what the text decides."""
     file = path / "config.json" if path.is_dir() else path
+    _require(not file.exists() or file.is_file(), f"the architecture {file} is no plain file; give a config.json")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the architecture {str(file)!r}: {error.strerror}; give a config.json") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise InputError(f"the architecture {file} is not JSON; give a config.json of transformers") from None
     _require(
         isinstance(values, dict) and isinstance(values.get("model_type"), str),
@@ -691,10 +722,12 @@ def _deciding(part: Any) -> dict[str, Any]:
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     """Build a `RunConfig` from nested plain values; unknown fields and wrong types raise `InputError`."""
+    if not isinstance(values, Mapping):
+        raise InputError(f"a config is a mapping of fields, not {values!r:.100}")
     values = dict(values)
     model = values.get("model", {})
     if not isinstance(model, Mapping):
-        raise InputError(f"model must be a mapping of fields, not {model!r}")
+        raise InputError(f"model must be a mapping of fields, not {model!r:.100}")
     name = model.get("name", "lstm")
     require_choice("model", str(name), MODELS)
     built = _build(MODELS[name], model, "model")
@@ -704,7 +737,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
 
 def _build(cls: Any, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
-        raise InputError(f"{where} must be a mapping of fields, not {values!r}")
+        raise InputError(f"{where} must be a mapping of fields, not {values!r:.100}")
     hints = typing.get_type_hints(cls)
     for key in values:
         require_choice("field", f"{where}.{key}".lstrip("."), [f"{where}.{name}".lstrip(".") for name in hints])
@@ -722,7 +755,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise InputError(f"{where} must be a mapping of fields, not {value!r}")
+            raise InputError(f"{where} must be a mapping of fields, not {value!r:.100}")
         return dict(value)
     if origin in (types.UnionType, typing.Union):
         if value is None:
@@ -738,5 +771,5 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise InputError(f"{where} must be of type {hint.__name__}, not {value!r}")
+        raise InputError(f"{where} must be of type {hint.__name__}, not {value!r:.100}")
     return value

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from normlab.config import InputError, LSTMSites, NormOptions, SiteConfig, available_norms
+from normlab.machine import c_kernels
 from normlab.models.gru import GRU
 from normlab.models.recurrent import HiddenState, Recurrent
 from normlab.models.rnn import RNN
 from normlab.norms.base import Norm
 from normlab.probes.activations import SiteActivations
-from normlab.recurrence import fast_cells
 
 IN, H, B, T, MAX_STEPS = 5, 16, 8, 6, 8
 # Rows and groups large enough that no statistic is nearly 0: rounding would show.
@@ -167,8 +167,8 @@ def test_the_choice_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build("gru", "lrn").backend_choice() == ("reference", "lrn at hidden_to_hidden has no fast form")
     recomputing = build("gru", "ln", recompute=True).backend_choice()
     assert recomputing == ("reference", "recompute is set, on a cpu device")
-    monkeypatch.setattr(fast_cells.kernels, "_libraries", {})
-    monkeypatch.setattr(fast_cells.kernels, "compiler", lambda: None)
+    monkeypatch.setattr(c_kernels, "_libraries", {})
+    monkeypatch.setattr(c_kernels, "compiler", lambda: None)
     assert build("gru", "ln").backend_choice() == ("reference", "no C compiler that works")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normlab.config import LSTMSites, NormOptions, SiteConfig, available_norms
+from normlab.machine import c_kernels
 from normlab.models.lstm import LSTM, LSTMState
 from normlab.norms.base import Norm
 from normlab.probes.activations import SiteActivations
@@ -112,7 +113,7 @@ def test_the_choice_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     ghosts = build("bn", norm_options=NormOptions(ghost_rows=2))
     assert ghosts.backend_choice() == ("reference", "bn at hidden_to_hidden has no fast form with ghost_rows")
     assert build("none", recompute=True).backend_choice()[0] == "fast"
-    monkeypatch.setattr(fast.kernels, "compiler", lambda: None)
+    monkeypatch.setattr(c_kernels, "compiler", lambda: None)
     assert build("ln").backend_choice() == ("fast", "torch operators: no C compiler that works")
 
 

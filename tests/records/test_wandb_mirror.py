@@ -9,14 +9,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from wandb_server import KEY, serving
 
-from normlab.config import config_from_dict, run_id
-from normlab.records.wandb_mirror import WandbMirror
-
-KEY = "0123456789abcdef0123456789abcdef01234567"
+from normlab.config import RunConfig, config_from_dict, run_id
+from normlab.records import wandb_mirror
+from normlab.records.record import Outcome, RunRecord
+from normlab.records.wandb_mirror import WandbMirror, mirror_probes
 
 # In processes of their own: wandb keeps its service and its settings for the life of a process.
 MIRROR = """
@@ -61,11 +63,11 @@ def mirror(tmp_path: Path, wandb: str, code: str = MIRROR, **environment: str) -
     return values | {"exit_seconds": time.time() - values["ended"]}
 
 
-def leet(tmp_path: Path, *options: str) -> bytes:
-    """The newest local run as the terminal viewer of `make watch` sees it."""
+def leet(tmp_path: Path, *options: str, run: Path | None = None) -> bytes:
+    """A local run, the newest if none is given, as the terminal viewer of `make watch` sees it."""
     wandb = shutil.which("wandb", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     assert wandb is not None
-    command = [wandb, "leet", "inspect", *options, "--json", str(tmp_path / "runs" / "wandb")]
+    command = [wandb, "leet", "inspect", *options, "--json", str(run or tmp_path / "runs" / "wandb")]
     return subprocess.run(command, capture_output=True, check=True).stdout
 
 
@@ -185,3 +187,96 @@ def test_an_error_is_said_once_and_then_nothing_is_sent(tmp_path: Path) -> None:
     assert said == ["W&B stopped recording, the run goes on: Connection lost"]
     assert run.calls == 1
     assert "wandb sync" in broken.where()
+
+
+PROBED = """
+import json, sys
+from normlab.config import config_from_dict
+from normlab.records.record import Outcome, RunRecord
+from normlab.records import wandb_mirror
+config = config_from_dict(json.loads(sys.argv[1]))
+record = RunRecord.create(config)
+record.start()
+mirror = wandb_mirror.WandbMirror.start(config, record.folder)
+for step in range(3):
+    row = {"train_loss_nats": 3.0 - step}
+    record.log(step, step * 0.5, row)
+    mirror.log(row, step, step * 0.5)
+mirror.finish()
+record.finish(Outcome("finished", step=2, results={"test_loss_nats": 1.25}))
+rows = [{"kind": "lag", "layer": 0, "lag": lag, "gradient_norm": 0.5**lag} for lag in range(4)]
+found = {"probe": "gradient_flow", "runs": [record.id], "summary": {"gradient_ratio": 0.125}, "rows": rows}
+record.write_probe("gradient_flow", found)
+said = []
+mirror = wandb_mirror.mirror_probes(["gradient_flow"], [record], said.append)
+print(json.dumps(dict(said=said, where=mirror.where(), ended=0.0, id=(record.folder / "wandb_id").read_text().strip())))
+"""
+
+
+def test_what_probes_found_is_added_to_the_run(tmp_path: Path) -> None:
+    done = mirror(tmp_path, "offline", PROBED)
+    assert done["said"] == []
+    assert done["where"].endswith("-probes")
+    parts = sorted((tmp_path / "runs" / "wandb").glob("offline-run-*"))
+    assert len(parts) == 2
+    seen = json.loads(leet(tmp_path, "--summary", run=parts[1]))
+    assert seen["run_id"] == done["id"]
+    assert seen["summary"]["probe/gradient_flow/gradient_ratio"] == 0.125
+    wandb = shutil.which("wandb", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert wandb is not None
+    with serving() as server:
+        environment = os.environ | {"HOME": str(tmp_path), "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
+        environment.pop("WANDB_MODE")
+        command = [wandb, "sync", *map(str, parts)]
+        subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, check=True, timeout=300)
+    rows = server.rows[done["id"]]
+    assert list(rows) == list(range(7)), "rows of one part stand in place of those of another"
+    assert [rows[number]["train_loss_nats"] for number in range(3)] == [3.0, 2.0, 1.0]
+    assert [rows[number]["lag"] for number in range(3, 7)] == [0, 1, 2, 3]
+    assert [rows[number]["by_lag/gradient_flow/gradient_norm"] for number in range(3, 7)] == [1.0, 0.5, 0.25, 0.125]
+    assert all("step" not in rows[number] for number in range(3, 7)), "they are not over steps"
+    counted = [rows[number]["_step"] for number in range(7)]
+    assert counted == sorted(set(counted)), "W&B wants each number of a row once, and rising"
+    summary = server.summaries[done["id"]]
+    expected = {"test_loss_nats": 1.25, "train_loss_nats": 1.0, "step": 2, "outcome": "finished"}
+    assert summary.items() >= {**expected, "probe/gradient_flow/gradient_ratio": 0.125}.items()
+
+
+def test_of_runs_measured_together_each_gets_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: dict[str, dict[str, object]] = {}
+
+    class Recording(WandbMirror):
+        def summary(self, results: Mapping[str, object]) -> None:
+            got[self.record] = dict(results)
+
+    def start(config: RunConfig, folder: Path, *_: object, **__: object) -> Recording:
+        started = Recording(None, (), print)
+        started.record = folder.name
+        return started
+
+    monkeypatch.setattr(wandb_mirror.WandbMirror, "start", start)
+    records = [RunRecord.create(config_from_dict({**config_of(tmp_path, "offline"), "seed": seed})) for seed in (1, 2)]
+    for record in records:
+        record.start()
+        record.finish(Outcome("finished"))
+    ids = [record.id for record in records]
+    rows = [{"run": run, "seed": 1, "variance_nats": 0.5 + number} for number, run in enumerate(ids)]
+    found = {"probe": "bias_variance", "runs": ids, "summary": {"loss_variance_nats": 1.0}, "rows": rows}
+    records[0].write_probe("bias_variance", found, ids)
+    mirror_probes(["bias_variance"], records)
+    assert {run: values["probe/bias_variance/variance_nats"] for run, values in got.items()} == dict(
+        zip(ids, (0.5, 1.5), strict=True)
+    )
+    assert "probe/bias_variance/loss_variance_nats" not in got[ids[0]], "that is of all of them"
+
+
+def test_the_agent_of_a_sweep_gives_the_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "ag3ntid0")
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
+    own = wandb_mirror._wandb_id(tmp_path)
+    assert own.startswith(tmp_path.name)
+    assert wandb_mirror._wandb_id(tmp_path) == own
+    monkeypatch.setenv("WANDB_SWEEP_ID", "a-sweep")
+    assert wandb_mirror._wandb_id(tmp_path) == "ag3ntid0"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert wandb_mirror._wandb_id(tmp_path) == "ag3ntid0", "what is added later goes there too"

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from normlab.config import InputError
+from normlab.machine import c_kernels
 from normlab.norms import build_norm
 from normlab.recurrence import fast, kernels, reference
 from normlab.recurrence.reference import SiteNorms, Weights
@@ -281,8 +282,8 @@ def test_a_single_row_is_refused_as_the_reference_refuses_it() -> None:
 
 
 def as_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_libraries", {})
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(c_kernels, "_libraries", {})
+    monkeypatch.setattr(c_kernels, "_failed", set())
 
 
 class TestBuilding:
@@ -298,7 +299,7 @@ class TestBuilding:
     ) -> None:
         if kernels.compiler() is None:
             pytest.skip("no C compiler on this machine")
-        caplog.set_level(logging.INFO, "normlab.recurrence")
+        caplog.set_level(logging.INFO, "normlab.machine")
         assert kernels.load(torch.float32) is not None
         assert caplog.text.count("built the LSTM kernels") == 1
         built = list((tmp_path / "normlab").iterdir())
@@ -346,7 +347,7 @@ class TestBuilding:
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
         monkeypatch.setenv("PATH", "")
         monkeypatch.delenv("CC", raising=False)
-        caplog.set_level(logging.INFO, "normlab.recurrence")
+        caplog.set_level(logging.INFO, "normlab.machine")
         assert kernels.load(torch.float32) is None
         assert kernels.load(torch.float32) is None
         assert caplog.text.count("no C compiler found") == 1

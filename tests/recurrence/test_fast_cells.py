@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from normlab.machine import c_kernels
 from normlab.norms import build_norm
 from normlab.recurrence import fast, fast_cells, kernels, reference
 from normlab.recurrence.reference import SiteNorms, Weights
@@ -201,7 +202,7 @@ def test_without_a_compiler_the_reference_does_it(monkeypatch: pytest.MonkeyPatc
     weights, norms, x, mask, h = build({**SMALL, "cell": "tanh", "names": ("ln", "ln")})
     fast_out = fast_cells.rnn_layer(x, mask, h, weights, norms)[0]
     for name, value in (("_libraries", {}), ("_failed", set()), ("compiler", lambda: None)):
-        monkeypatch.setattr(kernels, name, value)
+        monkeypatch.setattr(c_kernels, name, value)
     assert fast_cells.not_now_for(x, h, weights, norms, 0) == "no C compiler that works"
     slow_out = fast_cells.rnn_layer(x, mask, h, weights, norms)[0]
     assert_close(slow_out, fast_out)

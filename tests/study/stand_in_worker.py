@@ -1,8 +1,8 @@
 """A worker that trains nothing: it writes the record that its job would have had, at once. No torch.
 
 In `<runs_dir>/orders.json`, by arm's norm: "fail" (each time), "fail once", "die" (killed), "wait" (until stopped),
-"diverge", "diverge at 1" (seed 1 alone), "nothing" (ends well and leaves nothing); for jobs that measure runs together:
-"fail together", "fail together once". Each start is a line of `<runs_dir>/starts`.
+"diverge", "diverge at 1" (seed 1 alone), "nothing" (ends well and leaves nothing), "slowly" (half a second a run); for
+jobs that measure runs together: "fail together", "fail together once". Each start is a line of `<runs_dir>/starts`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ if order == "wait":
 # The best rate is 1e-2; ln is better by 0.5.
 loss = abs(config.optim.lr - 1e-2) + (config.model.norm != "ln") * 0.5 + config.seed / 1000
 for step in (1, 2):
+    time.sleep(0.25 * (order == "slowly"))
     record.log(step, step * 0.1, {"valid_loss_nats": loss + 1 - step / 2, "train_loss_nats": loss})
 record.write_environment({"machine": "test", "git": {"commit": "abc", "dirty": False}})
 if order == "diverge" or (order == "diverge at 1" and config.seed == 1):

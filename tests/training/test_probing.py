@@ -11,10 +11,14 @@ import torch
 
 from normlab.__main__ import main
 from normlab.config import InputError, RunConfig, available_probes
+from normlab.execution.jobs import Job
+from normlab.execution.worker import perform
 from normlab.probes.base import Measurement
 from normlab.probes.gradient_flow import GradientFlow
 from normlab.probes.sphere import Sphere
+from normlab.records import wandb_mirror
 from normlab.records.record import RunRecord
+from normlab.records.wandb_mirror import WandbMirror
 from normlab.training import probing
 from normlab.training.module import TextModule
 from normlab.training.probing import open_run, run_probe
@@ -175,3 +179,24 @@ def test_a_measurement_cut_short_leaves_the_one_before(record: RunRecord, monkey
     with pytest.raises(KeyboardInterrupt):
         run_probe("sphere", [record.folder], {"tokens": 8})
     assert record.probe("sphere") == before
+
+
+def test_the_command_and_a_job_send_what_was_found_to_wandb(
+    record: RunRecord, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sent: list[tuple[list[str], list[str]]] = []
+
+    def mirror_probes(names: list[str], records: list[RunRecord]) -> WandbMirror:
+        sent.append((list(names), [each.id for each in records]))
+        assert all(each.probe(name) for name in names for each in records), "sent before it was measured"
+        mirror = WandbMirror(None, (), print)
+        mirror.where = lambda: "W&B: somewhere"
+        return mirror
+
+    monkeypatch.setattr(wandb_mirror, "mirror_probes", mirror_probes)
+    assert main(["probe", "sphere", str(record.folder), "--tokens", "9"]) == 0
+    assert capsys.readouterr().out.endswith("W&B: somewhere\n")
+    job = Job(record.config, {"sphere": {"tokens": 9}, "leak": {}, "companions": {"draws": 2}})
+    assert perform(job)
+    assert perform(job)
+    assert sent == [(["sphere"], [record.id]), (["leak", "companions"], [record.id])]

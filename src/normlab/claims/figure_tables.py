@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from normlab.claims.figures import ByX, Curves, Figure
+from normlab.claims.rows import cell
 from normlab.config import InputError
 from normlab.records.disk import write_atomically
 from normlab.records.record import RunRecord
@@ -172,7 +173,7 @@ def write_table(path: Path, rows: Sequence[CurveRow] | Sequence[ProbeRow]) -> No
     table = csv.writer(text, lineterminator="\n")
     names = [f.name for f in fields(rows[0])]
     table.writerow(names)
-    table.writerows([getattr(row, name) for name in names] for row in rows)
+    table.writerows([cell(getattr(row, name)) for name in names] for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.getvalue())
 

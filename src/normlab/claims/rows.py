@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from normlab.config import InputError
 from normlab.records.disk import write_atomically
 
-__all__ = ["Phase", "Row", "read_rows", "write_rows"]
+__all__ = ["Phase", "Row", "cell", "read_rows", "write_rows"]
 
 Phase = Literal["tuning", "verdict"]
 
@@ -63,15 +63,24 @@ _PARSE: dict[str, Callable[[str], Any]] = {
 """How a column is read, by the type of its field."""
 
 
+def cell(value: Any) -> Any:
+    """`value` as it goes into a table that a spreadsheet may open: no text in it begins as a formula does."""
+    if isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", r"\r")  # read as a line end, it would break the table
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Replace the table at `path`, whole or not at all; the order of the rows is the caller's."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(_COLUMNS)
     for row in rows:
-        values = (getattr(row, name) for name in _COLUMNS)
         # repr gives a float back bit by bit.
-        table.writerow([int(value) if isinstance(value, bool) else value for value in values])
+        table.writerow([cell(getattr(row, name)) for name in _COLUMNS])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.getvalue())
 

@@ -159,8 +159,7 @@ def require_corpus(data: DataConfig) -> None:
 
 
 def _require_path(data: DataConfig) -> None:
-    path = Path(data.corpus).expanduser()
-    if not path.exists() and "/" not in data.corpus and os.sep not in data.corpus and path.suffix not in PATH_SUFFIXES:
+    if os.sep not in data.corpus and Path(data.corpus).suffix not in PATH_SUFFIXES and not os.path.exists(data.corpus):
         require_choice("corpus", data.corpus, (*corpus_names(), "path/to/text"))
     require_own_text(data)
 
@@ -177,7 +176,14 @@ def load_corpus(data: DataConfig) -> Corpus:
         return load_own_text(data)
     folder = _folder_of(name)
     if folder is not None:
-        source, official = "NORMLAB_DATA", READERS[name](folder)
+        source = "NORMLAB_DATA"
+        try:
+            official = READERS[name](folder)
+        except (ValueError, LookupError) as error:
+            if isinstance(error, InputError):
+                raise
+            what = f"{type(error).__name__}: {error}"
+            raise InputError(f"corpus {name!r}: {folder} is not in the published layout ({what:.100})") from error
     else:
         source, official = f"hub {HUB[name]}", read_hub(name, _hint(name))
     return _finish(name, official, source)

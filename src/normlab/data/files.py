@@ -21,9 +21,13 @@ csv.field_size_limit(2**31 - 1)  # the module's own limit of 131,072 characters 
 def read_text(path: Path) -> str:
     """The whole file as text, with line ends as "\\n" and without a byte order mark."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device may never end
+            raise InputError(f"cannot read {path}: it is not a plain file")
         data = path.read_bytes()
         if path.suffix == ".gz":
             data = gzip.decompress(data)
+    except MemoryError:
+        raise InputError(f"{path} does not fit in memory; give less text") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path} is not a sound gzip file ({error})") from error
     except OSError as error:

@@ -29,7 +29,7 @@ LICENSE = "the user's own"
 
 def require_own_text(data: DataConfig) -> None:
     """Raise `InputError` unless the path exists and is of a known form; nothing is read."""
-    path = Path(data.corpus).expanduser()
+    path = _path(data)
     if path.is_dir():
         if not _text_files(path):
             raise InputError(f"folder {path} holds no .txt file; put text files in it or name one file")
@@ -37,16 +37,27 @@ def require_own_text(data: DataConfig) -> None:
         raise InputError(f"there is no file or folder {path}; give a corpus name or an existing path")
     elif stem_and_suffix(path) not in (".txt", *TABLES):
         raise InputError(f"{path} is neither .txt, .csv, .tsv nor .jsonl (each may end in .gz); rename or convert it")
+    elif not path.is_file():
+        raise InputError(f"{path} is a pipe or a device, not a file; give a file")
 
 
 def load_own_text(data: DataConfig) -> Corpus:
     """Read, check and split the text at the path `data.corpus`."""
     require_own_text(data)
-    path = Path(data.corpus).expanduser()
+    path = _path(data)
     if stem_and_suffix(path) in TABLES and path.is_file():
         return _table(path, data)
     splits = _folder(path) if path.is_dir() else contiguous(_checked(path, read_text(path)))
     return Corpus(data.corpus, "text", splits, None, "char", checksum(splits), f"file {path}", LICENSE)
+
+
+def _path(data: DataConfig) -> Path:
+    try:
+        path = Path(data.corpus).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; ~ of nobody; a NUL in it
+        raise InputError(f"data.corpus is {data.corpus[:80]!r}, which can be no path ({error!s:.60})") from None
+    return path
 
 
 def _text_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -163,9 +163,11 @@ class Tokenizer:
         """Read what `save` wrote."""
         try:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            if stored["kind"] not in get_args(Kind) or not all(isinstance(symbol, str) for symbol in stored["symbols"]):
+                raise ValueError("its kind or symbols are others than any it saves")
             return cls(stored["kind"], stored["symbols"], lines=stored["lines"], model=stored["model"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not a tokenizer that normlab saved ({error})") from error
+        except Exception as error:  # the library of byte-pair models raises plain ones
+            raise InputError(f"{path} is not a tokenizer that normlab saved ({error!s:.200})") from error
 
 
 def _words(text: str, lines: bool) -> list[str]:

@@ -7,7 +7,7 @@ import statistics
 
 from normlab.config import OptimConfig, OutputConfig, RunConfig, run_id
 
-__all__ = ["Durations", "duration"]
+__all__ = ["Durations"]
 
 
 class Durations:
@@ -29,15 +29,6 @@ class Durations:
             if like in self._seconds:
                 return statistics.median(self._seconds[like].values())
         return None
-
-
-def duration(seconds: float | None) -> str:
-    """Such as 45 s, 12 min or 3.4 h; ? if unknown."""
-    if seconds is None:
-        return "?"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _likes(config: RunConfig) -> tuple[str, str]:

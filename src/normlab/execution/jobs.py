@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from normlab.config import InputError, RunConfig, config_from_dict, config_to_dict, run_id
-from normlab.records.disk import parse_json, write_atomically
+from normlab.records.disk import parse_json, read_bytes, read_yaml, write_atomically
 from normlab.records.record import RunRecord
 
 __all__ = ["JOB_FILE", "Job", "read_job", "write_job"]
@@ -101,7 +101,7 @@ class Job:
     def seconds(self) -> float:
         """What the whole job took; without that, the training alone."""
         try:
-            values = parse_json((self.record.folder / JOB_FILE).read_bytes(), JOB_FILE)
+            values = parse_json(read_bytes(self.record.folder / JOB_FILE), JOB_FILE)
         except FileNotFoundError:
             return self.record.outcome().seconds
         return float(values["job_seconds"])
@@ -121,8 +121,8 @@ def write_job(path: Path, job: Job) -> None:
 
 def read_job(path: Path) -> Job:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path)
         config, seeds = config_from_dict(values["config"]), tuple(values["seeds"])
         return Job(config, values["probes"], seeds, values["alone"], values["stack"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"cannot read the job {path}: {' '.join(str(error).split())}") from None

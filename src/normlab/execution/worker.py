@@ -16,6 +16,7 @@ from pathlib import Path
 
 from normlab.config import InputError
 from normlab.execution.jobs import JOB_FILE, Job, read_job
+from normlab.machine.terminal import printable
 from normlab.records.disk import to_json, write_atomically
 
 __all__ = ["main", "perform"]
@@ -35,7 +36,7 @@ def main() -> int:
             if not perform(job, began):
                 return 143
         except InputError as error:
-            print(f"normlab: error: {error}", file=sys.stderr)
+            print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
             code = 2
         began = time.monotonic()
     return code
@@ -77,11 +78,14 @@ def perform(job: Job, began: float = BEGAN) -> bool:
             return False
     missing = job.missing_probes()
     if missing:
+        from normlab.records.wandb_mirror import mirror_probes
         from normlab.training.probing import run_probe
 
+        measured = job.measured()
         for name in missing:
-            folders = [record.folder for record in job.measured()]
+            folders = [record.folder for record in measured]
             run_probe(name, folders, job.probes[name], job.config.output.runs_dir)
+        mirror_probes(missing, measured)
     if is_whole:  # else this is the time of a part
         write_atomically(job.record.folder / JOB_FILE, to_json({"job_seconds": time.monotonic() - began}) + "\n")
     return True

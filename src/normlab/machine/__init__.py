@@ -1,1 +1,1 @@
-"""What is found out once about the machine at hand and kept: its processor, a folder, its fastest matrix products."""
+"""The machine at hand: processor, terminal, a folder for what is found out once and kept, fastest matrix products."""

@@ -182,12 +182,12 @@ def _build(settings: Any, config: HuggingFaceConfig, *, causal: bool) -> nn.Modu
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
     try:
         if causal:
-            return auto.from_config(settings, dtype=torch.float32)
+            return auto.from_config(settings, dtype=torch.float32, trust_remote_code=False)
         try:
             # A pooling layer would stand beside our own head, untrained.
-            model = auto.from_config(settings, dtype=torch.float32, add_pooling_layer=False)
+            model = auto.from_config(settings, dtype=torch.float32, trust_remote_code=False, add_pooling_layer=False)
         except TypeError:
-            model = auto.from_config(settings, dtype=torch.float32)
+            model = auto.from_config(settings, dtype=torch.float32, trust_remote_code=False)
         return model.get_encoder() if settings.is_encoder_decoder else model
     except Exception as error:
         if _out_of_memory(error):

@@ -218,6 +218,10 @@ class Recurrent(nn.RNNBase):
         obstacle = self.fast.not_now_for(like, *state, weights, norms, 0, there) or self._never_fast()
         return ("reference", obstacle) if obstacle else ("fast", self.fast.engine(norms, weights.hidden.dtype, there))
 
+    def stepwise_norms(self) -> list[Norm]:
+        """The norms that are called one time step at a time."""
+        return [norm for suffix in self._suffixes() for norm in self._site_norms(suffix)[1:]]
+
     def uses_kernels(self) -> bool:
         """Whether the C kernels serve its norms, where its backend is "fast"."""
         return self.fast.on_kernels(self._site_norms(self._suffixes()[0]))

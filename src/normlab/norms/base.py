@@ -54,6 +54,7 @@ class Norm(nn.Module, ABC):
         needs_statistics: keeps stored values for evaluation.
         works_at_batch_1: can train on a batch of one row.
         identity: does nothing; stands at bare sites.
+        has_kernels: there are C kernels that take whole sequences (norms/kernels.py).
         per_step: stores values per time step, hence needs to know the time step.
         recurrent_gain: initial gain in a recurrent cell (0.1 is published for bn_step; other batch norms follow it).
         fixed_options: arguments of a class above that are no choice here.
@@ -75,6 +76,7 @@ class Norm(nn.Module, ABC):
     needs_statistics: ClassVar[bool] = False
     works_at_batch_1: bool = True
     identity: ClassVar[bool] = False
+    has_kernels: bool = False
     per_step: ClassVar[bool] = False
     recurrent_gain: ClassVar[float] = 1.0
     fixed_options: ClassVar[frozenset[str]] = frozenset()

@@ -42,6 +42,7 @@ class InstanceNorm(Norm):
         self.pool = pool or ("prefix" if causal else "time")
         require_choice("inorm pool", self.pool, ("prefix", "time"))
         self.shares = Shares(time="prefix" if self.pool == "prefix" else "sequence")
+        self.has_kernels = self.pool == "prefix"
 
     @classmethod
     def stepwise_pool(cls, pool: str | None) -> str | None:
@@ -50,12 +51,12 @@ class InstanceNorm(Norm):
     def normalize(
         self, x_BTF: Tensor, mask_BT: Tensor | None = None, step: Step = 0, carry: Prefix | None = None
     ) -> tuple[Tensor, None, Prefix | None]:
-        x = zero_padding(x_BTF, mask_BT)
         if self.pool == "time":
+            x = zero_padding(x_BTF, mask_BT)
             mean, var, _ = moments(x, mask_BT, (1,))
             return self.standardize(x, mean, var), None, None
-        y, carry = by_prefix(for_statistics(x), mask_BT, carry, self.weight, self.bias, self.eps)
-        return y.to(x.dtype), None, carry
+        y, carry = by_prefix(for_statistics(x_BTF), mask_BT, carry, self.weight, self.bias, self.eps)
+        return y.to(x_BTF.dtype), None, carry
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, pool={self.pool}"

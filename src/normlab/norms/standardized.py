@@ -7,14 +7,15 @@ Shape suffixes: B batch, T time, F features.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from normlab.norms import fused
-from normlab.norms.moments import Prefix, first_entry, moments, prefix_moments
+from normlab.norms import fused, kernels
+from normlab.norms.moments import Prefix, first_entry, moments, prefix_moments, zero_padding
 
 __all__ = ["by_last_dimension", "by_prefix"]
 
@@ -74,17 +75,32 @@ def by_prefix(
     """(x - mean) / sqrt(var + eps) * weight + bias with the `prefix_moments` of each row and feature.
 
     Args:
-        x_BTF: in the precision of statistics, 0 at padding.
+        x_BTF: in the precision of statistics; anything at padding.
         weight: F, as `bias`; None = without.
 
     Returns:
         y and the carry for the columns to come.
     """
-    if carry is not None or not fused.applies():
+    library = _library(x_BTF, carry, weight, bias)
+    if library is not None:
+        found: Any = _ByPrefixOnKernels.apply(x_BTF, weight, bias, mask_BT, carry, eps, library)
+    elif carry is None and fused.applies():
+        found = _ByPrefix.apply(zero_padding(x_BTF, mask_BT), weight, bias, mask_BT, eps)
+    else:
         return _by_prefix(x_BTF, mask_BT, carry, weight, bias, eps)
-    found: Any = _ByPrefix.apply(x_BTF, weight, bias, mask_BT, eps)
     y, *after = found
     return y, Prefix(*after)
+
+
+def _library(x: Tensor, carry: Prefix | None, weight: Tensor | None, bias: Tensor | None) -> ctypes.CDLL | None:
+    """The kernels where they can serve; built only where a gradient is wanted."""
+    # A recurrence that asks for column after column has the statistics so far in its carry: nothing is left to sum.
+    if x.device.type != "cpu" or x.shape[1] < 2 or not x.numel() or not fused.applies():
+        return None
+    if carry is not None and any(value.requires_grad for value in carry):
+        return None
+    gradient = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias))
+    return (kernels.PREFIX.load if gradient else kernels.PREFIX.find)(x.dtype)
 
 
 def _by_prefix(
@@ -95,6 +111,7 @@ def _by_prefix(
     bias: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Prefix]:
+    x = zero_padding(x, mask_BT)
     (mean, var, _), after = prefix_moments(x, mask_BT, False, carry)
     return fused.rescale(x, mean, torch.rsqrt(var + eps), weight, bias), after
 
@@ -141,12 +158,7 @@ class _ByPrefix(torch.autograd.Function):
         x, weight, bias, mask_BT, keep, pivot, divisor, shift, scale, beyond = ctx.saved_tensors
         g, _, d_mean, d_square = grads
         if torch.is_grad_enabled():
-
-            def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-                y, (_, mean, square) = _by_prefix(x, mask_BT, None, weight, bias, ctx.eps)
-                return y, mean, square
-
-            return (*_gradients_of(plain, ctx, (x, weight, bias), (g, d_mean, d_square)), None, None)
+            return (*_by_prefix_twice(ctx, (x, weight, bias), mask_BT, None, (g, d_mean, d_square)), None, None)
         unit = (x - pivot).sub_(shift).mul_(scale)
         sums = fused.RunningSums(x, 2)
         first, second = sums.terms
@@ -166,6 +178,55 @@ class _ByPrefix(torch.autograd.Function):
         if mask_BT is not None:
             first.mul_(keep)
         return d_x.sub_(first), d_weight, d_bias, None, None
+
+
+class _ByPrefixOnKernels(torch.autograd.Function):
+    """The same in C, in one pass over time each way. What is at padding is not read, and `carry` has no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask_BT: Tensor | None,
+        carry: Prefix | None,
+        eps: float,
+        library: ctypes.CDLL,
+    ) -> tuple[Tensor, ...]:
+        y, *after = kernels.PrefixCall(library, x, mask_BT, carry, weight, bias, eps).forward()
+        ctx.save_for_backward(x, weight, bias, mask_BT, *(carry or ()))
+        ctx.eps, ctx.library = eps, library
+        ctx.mark_non_differentiable(after[0])
+        return y, *after
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, weight, bias, mask_BT, *before = ctx.saved_tensors
+        carry = Prefix(*before) if before else None
+        d_y, _, d_mean, d_square = grads
+        if torch.is_grad_enabled():
+            found = _by_prefix_twice(ctx, (x, weight, bias), mask_BT, carry, (d_y, d_mean, d_square))
+        else:
+            call = kernels.PrefixCall(ctx.library, x, mask_BT, carry, weight, bias, ctx.eps)
+            found = call.backward(d_y, d_mean, d_square)
+        return *found, None, None, None, None
+
+
+def _by_prefix_twice(
+    ctx: Any,
+    inputs: tuple[Tensor, Tensor | None, Tensor | None],
+    mask_BT: Tensor | None,
+    carry: Prefix | None,
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `inputs` (x, weight and bias), which have derivatives themselves."""
+
+    def plain(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        y, (_, mean, square) = _by_prefix(x, mask_BT, carry, weight, bias, ctx.eps)
+        return y, mean, square
+
+    return _gradients_of(plain, ctx, inputs, grads)
 
 
 def _gradients_of(

@@ -1,6 +1,7 @@
-"""Strict JSON and files that survive a kill or a full disk: replaced whole, or appended to row by row.
+"""Strict JSON, plain YAML, and files that survive a kill or a full disk: replaced whole, or appended to row by row.
 
-"nan", "inf" and "-inf" stand for the floats of that name, which strict JSON does not have.
+"nan", "inf" and "-inf" stand for the floats of that name, which strict JSON does not have. Records and configs may come
+from somebody else: reading them executes nothing and does not wait, and nothing is written through a link.
 """
 
 from __future__ import annotations
@@ -9,14 +10,32 @@ import errno
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import yaml
 
 from normlab.config import InputError
 
-__all__ = ["append", "parse_json", "to_json", "write_atomically"]
+__all__ = [
+    "append",
+    "last_rows",
+    "parse_json",
+    "read_bytes",
+    "read_yaml",
+    "require_plain_files",
+    "to_json",
+    "write_atomically",
+]
+
+BLOCK_BYTES = 4096
+"""So much of a file of rows is read at a time, from its end: a dozen rows of a usual curve."""
+
+MOST_YAML_NODES = 200_000
+"""Of a file, with all that aliases stand for: a config has about a hundred, an architecture's some thousands."""
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -53,11 +72,80 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON ({error}); the record is damaged: move its folder away") from None
     if not isinstance(values, dict):
         raise InputError(f"{where} is not a JSON object; the record is damaged: move its folder away")
     return _decode(values)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file.
+
+    Raises:
+        InputError: it is a pipe or a device, which might never end; a folder raises `OSError`, as a missing file does.
+    """
+    with _plain_file(path) as file:
+        return file.read()
+
+
+@contextmanager
+def _plain_file(path: Path) -> Iterator[BinaryIO]:
+    # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise InputError(f"{path} is not a plain file; put a copy of its content there")
+        yield file
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file: it can name no Python object, and not be larger than it looks.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or of more than `MOST_YAML_NODES` values.
+        UnicodeDecodeError: it is not UTF-8.
+        OSError: it cannot be read.
+        InputError: it is no plain file.
+    """
+    loader = yaml.SafeLoader(read_bytes(path).decode("utf-8"))
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _yaml_nodes(node, {}) > MOST_YAML_NODES:
+            raise yaml.YAMLError(f"it stands for more than {MOST_YAML_NODES:,} values")
+        return loader.construct_document(node)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply, or contains itself") from None
+    except (ValueError, TypeError) as error:  # such as a date of month 13, or a list as a key
+        raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _yaml_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, each alias written out; `known` holds those of nodes seen before."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_yaml_nodes(part, known) for part in inner)
+    return known[id(node)]
+
+
+def require_plain_files(folder: Path) -> None:
+    """Raise `InputError` if a link, a pipe or a device is in `folder`, or if it is a link out of the folder around it.
+
+    A record that somebody else made must not be a way to write elsewhere, or to wait for ever.
+    """
+    real = Path(os.path.realpath(folder))
+    if folder.is_symlink() and not real.is_relative_to(folder.parent.resolve()):
+        raise InputError(f"{folder} is a link out of {folder.parent}; name the record by its own place, {real}")
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise InputError(f"{path} is a link, to {os.readlink(path)}; put a copy in its place")
+        if not path.is_file() and not path.is_dir() and path.exists():
+            raise InputError(f"{path} is neither a file nor a folder; remove it")
 
 
 @contextmanager
@@ -73,7 +161,8 @@ def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`: whoever reads sees the old file or the new one, also after a kill or a full disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _naming(path), temporary.open("w", encoding="utf-8") as file:
+        temporary.unlink(missing_ok=True)
+        with _naming(path), temporary.open("x", encoding="utf-8") as file:  # x: not what a link of that name leads to
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -85,7 +174,7 @@ def write_atomically(path: Path, text: str) -> None:
 def append(path: Path, line: bytes) -> None:
     """Add `line` after the last whole line; on failure the file ends there."""
     with _naming(path):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
         try:
             end = os.fstat(file).st_size
             if end and os.pread(file, 1, end - 1) != b"\n":
@@ -98,3 +187,36 @@ def append(path: Path, line: bytes) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(file)
+
+
+def last_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a curve (`step`, `seconds` and metrics), newest first; no more of the file is read than is asked for.
+
+    A torn last row is left out; a file that is not there has no rows.
+
+    Raises:
+        InputError: a row is damaged, or the file is a pipe or a device.
+    """
+    with suppress(FileNotFoundError), _plain_file(path) as file:
+        end = file.seek(0, os.SEEK_END)
+        begun = b""  # the end of a row whose beginning is in the block before
+        is_torn = True  # what comes after the last line end is no row yet
+        while end:
+            start = max(0, end - BLOCK_BYTES)
+            file.seek(start)
+            begun, *lines = (file.read(end - start) + begun).split(b"\n")
+            if lines and is_torn:
+                lines.pop()
+                is_torn = False
+            for line in reversed(lines):
+                yield _row(line, path)
+            end = start
+        if not is_torn:
+            yield _row(begun, path)
+
+
+def _row(line: bytes, path: Path) -> dict[str, Any]:
+    row = parse_json(line, f"a row of {path}")
+    if not ("step" in row and "seconds" in row):
+        raise InputError(f"a row of {path} has no step or seconds; move the record's folder away")
+    return row

@@ -35,7 +35,7 @@ class FolderLock:
             return None
         holder = 0
         for _ in range(20):
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             if _lock_exclusively(file) and self._is_still(file):
                 os.ftruncate(file, 0)
                 os.write(file, str(os.getpid()).encode())
@@ -58,7 +58,7 @@ class FolderLock:
         if self.held:
             return True
         try:
-            file = os.open(self.path, os.O_RDONLY)
+            file = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe of that name would wait
         except FileNotFoundError:
             return False
         try:

@@ -30,7 +30,16 @@ from typing import Any, Literal, get_args
 import yaml
 
 from normlab.config import InputError, RunConfig, config_from_dict, config_to_dict, run_id
-from normlab.records.disk import append, parse_json, to_json, write_atomically
+from normlab.records.disk import (
+    append,
+    last_rows,
+    parse_json,
+    read_bytes,
+    read_yaml,
+    require_plain_files,
+    to_json,
+    write_atomically,
+)
 from normlab.records.lock import FolderLock
 
 __all__ = ["Outcome", "RunRecord", "record_ids"]
@@ -62,6 +71,9 @@ class Outcome:
     pid: int = 0
 
 
+_OUTCOME_TYPES = {"state": str, "reason": str, "step": int, "seconds": int | float, "results": dict}
+
+
 class RunRecord:
     """The record in `folder`; get one from `create` or `open`."""
 
@@ -78,8 +90,12 @@ class RunRecord:
         """The record of `config` under its `output.runs_dir`: the folder is made and the config written.
 
         An existing record keeps its metrics and outcome; whether to go on with it is the caller's to decide.
+
+        Raises:
+            InputError: the folder cannot be made, or holds what no run writes: links, pipes.
         """
         record = cls(Path(config.output.runs_dir) / run_id(config), config)
+        require_plain_files(record.folder)
         try:
             record.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -93,18 +109,23 @@ class RunRecord:
         """An existing record, by its folder or by its id in `runs_dir`.
 
         Raises:
-            InputError: there is none (names the nearest ids), or its config cannot be read.
+            InputError: there is none (names the nearest ids), another version wrote it, its config cannot be read, or
+                it holds what no run writes: links, pipes.
         """
         asked, runs = Path(folder_or_id), Path(runs_dir)
-        folder = next((place for place in (asked, runs / asked) if (place / "config.yaml").is_file()), None)
+        # os.path, which takes a name that can be none, such as one that is too long, for one that is not there.
+        folder = next((place for place in (asked, runs / asked) if os.path.isfile(place / "config.yaml")), None)
         if folder is None:
             ids = record_ids(runs)
             near = difflib.get_close_matches(asked.name, ids, n=3, cutoff=0.0)
             hint = f"nearest in {runs}: {', '.join(near)}" if near else f"there are no records in {runs}"
             raise InputError(f"no run {str(folder_or_id)!r}; {hint}")
+        require_plain_files(folder)
+        for name in ("outcome.json", "environment.json"):
+            _read_json(folder / name)  # of another version? Then its config may have other fields
         path = folder / "config.yaml"
         try:
-            return cls(folder, config_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
+            return cls(folder, config_from_dict(read_yaml(path)))
         except (OSError, yaml.YAMLError, ValueError, TypeError) as error:
             why = " ".join(str(error).split())
             raise InputError(f"cannot read {path}: {why}; restore the file or move its folder away") from None
@@ -145,7 +166,7 @@ class RunRecord:
         """All rows, oldest first; a torn last row is left out."""
         path = self.folder / "metrics.jsonl"
         try:
-            lines = path.read_bytes().split(b"\n")[:-1]
+            lines = read_bytes(path).split(b"\n")[:-1]
         except FileNotFoundError:
             return []
         rows = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
@@ -208,18 +229,22 @@ class RunRecord:
             outcome = Outcome(**values)
         except TypeError as error:
             raise InputError(f"cannot read {self.folder / 'outcome.json'}: {error}") from None
-        if not isinstance(outcome.results, dict):
-            raise InputError(f"cannot read {self.folder / 'outcome.json'}: results are not a JSON object")
+        for name, kind in _OUTCOME_TYPES.items():
+            value = getattr(outcome, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise InputError(f"cannot read {self.folder / 'outcome.json'}: {name} is {value!r:.60}")
         if outcome.state not in get_args(State):
             raise InputError(f"cannot read {self.folder / 'outcome.json'}: unknown state {outcome.state!r}")
         if outcome.state != "running":
             return outcome
         # How far it is stands in its last row alone.
-        rows = self.metrics()
-        if rows:
-            outcome = dataclasses.replace(outcome, step=int(rows[-1]["step"]), seconds=float(rows[-1]["seconds"]))
+        row = next(last_rows(self.folder / "metrics.jsonl"), None)
+        if row is not None:
+            outcome = dataclasses.replace(outcome, step=int(row["step"]), seconds=float(row["seconds"]))
         if self._lock.is_held_by_anyone():
             return outcome
+        if (self._read_json("outcome.json") or {}).get("state") != "running":
+            return self.outcome()  # it ended between the looks at its outcome and at its lock
         return dataclasses.replace(outcome, state="interrupted", reason="killed")
 
     def archive(self) -> RunRecord:
@@ -241,6 +266,7 @@ class RunRecord:
         self._lock.release()
 
     def _acquire(self) -> None:
+        require_plain_files(self.folder)
         holder = self._lock.acquire()
         if holder is not None:
             raise InputError(f"run {self.id} is being trained by process {holder}; wait for it or change the seed")
@@ -256,17 +282,20 @@ class RunRecord:
         write_atomically(self.folder / name, text + "\n")
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / name
-        try:
-            values = parse_json(path.read_bytes(), str(path))
-        except FileNotFoundError:
-            return None
-        version = values.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise InputError(
-                f"{path} has format version {version}, this normlab reads {FORMAT_VERSION}: use the one that wrote it"
-            )
-        return values
+        return _read_json(self.folder / name)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        values = parse_json(read_bytes(path), str(path))
+    except FileNotFoundError:
+        return None
+    version = values.pop("version", None)
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {version!r}, this normlab reads {FORMAT_VERSION}: use the one that wrote it"
+        )
+    return values
 
 
 def _probe_file(name: str, runs: Sequence[str]) -> str:

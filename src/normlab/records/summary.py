@@ -7,10 +7,10 @@ import os
 import re
 import shlex
 
-from rich.console import Console
 from rich.table import Table
 
-from normlab.config import HuggingFaceConfig, RunConfig, model_label, run_id
+from normlab.config import HuggingFaceConfig, InputError, RunConfig, model_label, run_id
+from normlab.machine.terminal import PlainConsole
 from normlab.records.environment import program
 from normlab.records.record import RunRecord
 
@@ -20,7 +20,22 @@ SPLITS = ("train", "valid", "test")
 
 
 def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
-    """Name and value of everything worth saying about a run, in the order of the table."""
+    """Name and value of everything worth saying about a run, in the order of the table.
+
+    Raises:
+        InputError: the record holds values of other kinds than a run writes.
+    """
+    try:
+        return _rows(record)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the record {record.folder} is damaged ({type(error).__name__}: {error}); move its folder away"
+        ) from None
+
+
+def _rows(record: RunRecord) -> list[tuple[str, str]]:
     config, outcome, environment = record.config, record.outcome(), record.environment()
     results = outcome.results
     data = environment.get("data", {})
@@ -78,16 +93,16 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     return rows
 
 
-def show(record: RunRecord, console: Console | None = None) -> None:
+def show(record: RunRecord, console: PlainConsole | None = None) -> None:
     """Print the table; in a pipe too, where nothing is cut off."""
-    console = console or Console(width=None if os.isatty(1) else 120)
+    console = console or PlainConsole(width=None if os.isatty(1) else 120)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in summary_rows(record):
         table.add_row(name, value)
     console.print()
-    console.print(table, highlight=False, markup=False)
+    console.print(table)
 
 
 def _norm(name: str, sites: dict[str, str]) -> str:

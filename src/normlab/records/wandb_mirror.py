@@ -7,31 +7,40 @@ how to upload. Without the package, or once W&B has failed, the mirror does noth
 
 from __future__ import annotations
 
+import dataclasses
 import netrc
 import os
+import re
 import secrets
 import shlex
 import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from normlab.config import RunConfig, config_to_dict, model_label
+from normlab.machine.terminal import printable
+from normlab.records.disk import read_bytes, write_atomically
 from normlab.records.environment import program
+from normlab.records.metrics import ALONG, probe_summary, probe_summary_of_run
+from normlab.records.record import RunRecord
 
-__all__ = ["WandbMirror"]
+__all__ = ["Account", "WandbMirror", "mirror_probes"]
 
 ANSWER_SECONDS = 2.0
 INIT_SECONDS = 5.0
 FINISH_SECONDS = 5.0
+ROWS_APART = 10_000
+"""Between the rows of different probes in W&B's own count: it wants each number once, whichever part they come in."""
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    print(printable(line), file=sys.stderr)
 
 
 class WandbMirror:
@@ -46,11 +55,18 @@ class WandbMirror:
         self._url = "" if run is None or run.offline else run.url
 
     @classmethod
-    def start(cls, config: RunConfig, record_folder: Path, say: Callable[[str], None] = _to_stderr) -> WandbMirror:
+    def start(
+        cls,
+        config: RunConfig,
+        record_folder: Path,
+        say: Callable[[str], None] = _to_stderr,
+        suffix: str = "",
+    ) -> WandbMirror:
         """Begin to mirror, or go on if `record_folder` was mirrored before (its `wandb_id` says under which id).
 
         Args:
             say: takes one line for the user, at most once per cause.
+            suffix: of the folder that W&B writes to, which it else names by id and second alone.
         """
         if config.output.wandb == "off" or (config.output.wandb == "auto" and os.getenv("WANDB_MODE") == "disabled"):
             return cls(None, (), say)
@@ -75,14 +91,14 @@ class WandbMirror:
             if why:
                 say(f"W&B records offline: {why}")
             try:
-                run = _init(wandb, config, record_folder, mode)
+                run = _init(wandb, config, record_folder, mode, suffix)
             except errors as error:
                 if mode == "offline":
                     raise
                 say(f"W&B records offline: {_one_line(error)}")
                 # The service still holds the run's id.
                 wandb.teardown()
-                run = _init(wandb, config, record_folder, "offline")
+                run = _init(wandb, config, record_folder, "offline", suffix)
         except errors as error:
             say(f"W&B is left out of this run: {_one_line(error)}")
         return cls(run, errors, say)
@@ -90,6 +106,25 @@ class WandbMirror:
     def log(self, metrics: Mapping[str, Any], step: int, seconds: float) -> None:
         """One row: `metrics` at `step` (optimizer steps) and `seconds` (training time)."""
         self._attempt(lambda run: run.log({**metrics, "step": step, "seconds": seconds}, step=step))
+
+    def log_along(self, axis: str, rows: Iterable[Mapping[str, Any]], first: int) -> None:
+        """Rows over an axis other than training, such as `time_step`, which each of them holds.
+
+        Args:
+            first: number of the first one in W&B's own count of rows, which goes on from the steps of the training.
+        """
+
+        def send(run: Any) -> None:
+            # By full names: which of two patterns wins is not said anywhere. The axis too, or it would be over `step`.
+            run.define_metric(axis)
+            known = {axis}
+            for number, row in enumerate(rows, max(run.step, first)):
+                for name in row.keys() - known:
+                    run.define_metric(name, step_metric=axis)
+                    known.add(name)
+                run.log(dict(row), step=number)
+
+        self._attempt(send)
 
     def summary(self, results: Mapping[str, Any]) -> None:
         """The final numbers."""
@@ -120,12 +155,86 @@ class WandbMirror:
             self._say(f"W&B stopped recording, the run goes on: {_one_line(error)}")
 
 
+def mirror_probes(
+    names: Iterable[str], records: Sequence[RunRecord], say: Callable[[str], None] = _to_stderr
+) -> WandbMirror | None:
+    """Send what probes found on ended runs after them, to where the `output` of each says that it is mirrored.
+
+    Args:
+        names: probes whose measurement of just these runs is on disk.
+        records: one run, or those that were measured together: of these each gets its own numbers.
+
+    Returns:
+        The mirror of the last run, ended; None if there was nothing to send.
+    """
+    mirror = None
+    ids = [record.id for record in records]
+    mirrored = [record for record in records if record.config.output.wandb != "off"]
+    found = {name: records[0].probe(name, ids) for name in names} if mirrored else {}
+    for record in mirrored if found else ():
+        # Where the record is now: it may have been moved, or the run started in another folder.
+        output = dataclasses.replace(record.config.output, runs_dir=str(record.folder.parent))
+        config = dataclasses.replace(record.config, output=output)
+        mirror = WandbMirror.start(config, record.folder, say, suffix="probes")
+        outcome = record.outcome()
+        # All that is known: an upload puts the summary of the last part of a run in place of those before.
+        summary = _last_values(record.metrics()) | {"outcome": outcome.state, **outcome.results} | _probed(record)
+        if len(records) > 1:
+            for name, values in found.items():
+                summary |= probe_summary_of_run(name, values["rows"], record.id)
+        else:
+            for place, along in enumerate(ALONG):
+                if along.probe in found:
+                    rows = along.rows(found[along.probe]["rows"])
+                    mirror.log_along(along.axis, rows, outcome.step + 1 + place * ROWS_APART)
+        mirror.summary(summary)
+        mirror.finish()
+    return mirror
+
+
+def _last_values(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: value for row in rows for name, value in row.items()}
+
+
+def _probed(record: RunRecord) -> dict[str, Any]:
+    """Of the probes that measured this run alone."""
+    summary: dict[str, Any] = {}
+    for path in sorted((record.folder / "probes").glob("*.json")):
+        values = record.probe(path.stem)
+        if values["runs"] == [record.id]:
+            summary |= probe_summary(values["probe"], values["summary"])
+    return summary
+
+
+@dataclass(frozen=True)
+class Account:
+    """What of W&B can be used from here.
+
+    Args:
+        has_key: whether there is an API key.
+        why_not: why nothing can be saved there now, in one line; empty if it can.
+        server: its address.
+    """
+
+    has_key: bool
+    why_not: str
+    server: str
+
+    @classmethod
+    def find(cls) -> Account:
+        """Asks the server, if there is a key, whether it is there."""
+        import wandb
+
+        settings = wandb.setup().settings
+        return cls(_has_key(settings), _mode("online", wandb)[1], settings.base_url)
+
+
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
+def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str, suffix: str) -> Any:
     output = config.output
     settings = wandb.Settings(
         silent=True,
@@ -142,6 +251,7 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
         finish_timeout_raises=True,
         # `make watch` shows a running run as of the last flush.
         x_transaction_log_flush_interval=5.0,
+        x_sync_dir_suffix=suffix,
     )
     corpus = Path(config.data.corpus).stem
     tags = [config.model.norm, model_label(config.model), corpus, output.claim]
@@ -155,8 +265,9 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str) -> Any:
         config=_shared_config(config),
         dir=output.runs_dir,
         mode=mode,
-        # Offline, segments of one id become one run when they are uploaded.
-        resume="allow" if mode == "online" else None,
+        # Offline too: when parts of one run are uploaded, each is then added to those before; else the rows of the
+        # later one overwrite the first rows of the run.
+        resume="allow",
         settings=settings,
     )
     run.define_metric("step")
@@ -174,11 +285,23 @@ def _shared_config(config: RunConfig) -> dict[str, Any]:
 
 
 def _wandb_id(record_folder: Path) -> str:
-    """The run's id in W&B, kept with the record: a resumed run goes on there, one trained afresh is another."""
-    path = record_folder / "wandb_id"
-    if not path.exists():
-        path.write_text(f"{record_folder.name}-{secrets.token_hex(3)}\n", encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    """The run's id in W&B, kept with the record: a resumed run goes on there, one trained afresh is another.
+
+    The agent of a sweep gives its runs ids of its own, which W&B then takes in place of any other. An id is part of a
+    path and chooses the run that is written to, so that one of a form that neither has is replaced.
+    """
+    path, name = record_folder / "wandb_id", record_folder.name
+    try:
+        kept = read_bytes(path).decode("utf-8", "replace").strip()
+    except FileNotFoundError:
+        kept = ""
+    given = os.getenv("WANDB_RUN_ID", "") if os.getenv("WANDB_SWEEP_ID") else ""
+    wanted = given or kept
+    if not given and not re.fullmatch(re.escape(name) + "-[0-9a-f]{6}|[a-z0-9]{8}", kept):
+        wanted = f"{name}-{secrets.token_hex(3)}"
+    if wanted != kept:
+        write_atomically(path, wanted + "\n")
+    return wanted
 
 
 def _mode(asked: str, wandb: Any) -> tuple[str, str]:
@@ -191,7 +314,9 @@ def _mode(asked: str, wandb: Any) -> tuple[str, str]:
     if not _has_key(settings):
         return "offline", "" if asked == "auto" else "there is no API key; log in with `wandb login`"
     if not _answers(settings.base_url):
-        return "offline", f"{settings.base_url} does not answer"
+        address = urlsplit(settings.base_url)
+        # Without a name and password that may stand before the host.
+        return "offline", f"{address.scheme}://{address.netloc.rpartition('@')[2]} does not answer"
     return "online", ""
 
 

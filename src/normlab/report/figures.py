@@ -20,6 +20,7 @@ from matplotlib.patches import Rectangle
 from normlab.claims.base import Claim, Scale
 from normlab.claims.figure_tables import mean_and_std
 from normlab.config import available_norms
+from normlab.machine.terminal import printable
 from normlab.report.judged import Found
 from normlab.report.numbers import as_measured
 from normlab.report.sections import CurvePlot, EffectPlot, LinePlot, Picture
@@ -108,7 +109,7 @@ def _inline(svg: str, caption: str) -> str:
     svg = re.sub(r'<g id="[\w.]+_\d+"', "<g", svg)
     svg = re.sub(r"font: ([^;'\"]*?px) [^;\"]*", r"font: \1 sans-serif", svg)
     svg = svg.replace(INK, "currentColor")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(caption)}" ', 1)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(printable(caption))}" ', 1)
 
 
 def _axes(legend_rows: int, height: float = HEIGHT, left: float = LEFT) -> tuple[Figure, Axes]:
@@ -228,7 +229,9 @@ def _effect(axes: Axes, height: int, found: Found, colour: str) -> None:
 
 
 def _shortened(text: str, letters: int = LETTERS) -> str:
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+    text = printable(text)  # SVG has no control characters
+    text = text if len(text) <= letters else f"{text[: letters - 1]}…"
+    return text.replace("$", r"\$")  # else what stands between two is read as mathematics
 
 
 def _words(name: str) -> str:

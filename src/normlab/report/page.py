@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from normlab.report.sections import OVERVIEW, Section, VerdictRow
 
-__all__ = ["html", "markdown", "readme_table", "tally"]
+__all__ = ["html", "markdown", "readme_table", "tally", "verdict_table"]
 
 VERDICTS = ("supported", "refuted", "mixed", "inconclusive", "not yet run")
 _ARXIV = re.compile(r"arXiv:? ?(\d{4}\.\d{4,5})")
@@ -47,6 +47,11 @@ def readme_table(rows: Sequence[VerdictRow], page: str) -> str:
     return f"{_overview(page, rows)}\n\n{tally(rows)}"
 
 
+def verdict_table(rows: Sequence[VerdictRow]) -> str:
+    """The same for a page that stands by itself: without links."""
+    return f"{_overview(None, rows)}\n\n{tally(rows)}"
+
+
 def tally(rows: Sequence[VerdictRow]) -> str:
     """Such as "2 supported, 1 refuted, 0 mixed, 1 inconclusive, 3 not yet run"."""
     verdicts = [row.verdict for row in rows]
@@ -67,13 +72,14 @@ def _shown(rows: Sequence[VerdictRow], sections: Sequence[Section]) -> dict[str,
     return {"columns": OVERVIEW, "rows": rows, "sections": sections, "verdicts": VERDICTS, "tally": tally(rows)}
 
 
-def _overview(page: str, rows: Sequence[VerdictRow]) -> str:
+def _overview(page: str | None, rows: Sequence[VerdictRow]) -> str:
     lines = [OVERVIEW, ("---",) * len(OVERVIEW)]
     text = [" | ".join(line) for line in lines]
     for row in rows:
         verdict = f"**{row.verdict}**" + (f" ({row.suffix})" if row.suffix else "")
+        name = row.label if page is None else f"[{row.label}]({page}#{row.anchor})"
         cells = (
-            f"[{row.label}]({page}#{row.anchor}) {_escaped(row.sentence)}",
+            f"{name} {_escaped(row.sentence)}",
             verdict,
             "<br>".join(map(_escaped, row.effects)),
             "<br>".join(map(_escaped, row.margins)),

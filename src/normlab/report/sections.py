@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from normlab.claims.base import TUNING
 from normlab.claims.figures import ByX, Curves
 from normlab.claims.rows import Row
-from normlab.execution.durations import duration
 from normlab.records.checks import ExactCheck
+from normlab.records.progress import duration
 from normlab.report.judged import Argument, Exact, Measured, Shown
 from normlab.report.numbers import interval, mean_std, plain, probability
 from normlab.report.sentences import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console, Group
@@ -14,21 +14,19 @@ from rich.text import Text
 
 from normlab.claims.base import Claim
 from normlab.config import InputError
-from normlab.execution.durations import duration
 from normlab.execution.engine import Ended
 from normlab.execution.jobs import Job
-from normlab.records.disk import parse_json
+from normlab.machine.terminal import PlainConsole
+from normlab.records.notice import NoticeBoard, PlannedJob, StudyNotice
+from normlab.records.progress import duration, progress
 from normlab.study.plan import ClaimState, Study
 
 __all__ = ["Display", "list_claims", "print_plan", "study_console", "summary"]
 
-WINDOW_BYTES = 4096
-"""The last rows of a curve are within so much of its end."""
-
 
 def study_console() -> Console:
     """In a pipe nothing is cut off."""
-    return Console(width=None if os.isatty(1) else 140)
+    return PlainConsole(width=None if os.isatty(1) else 140)
 
 
 def list_claims(studies: Sequence[Study], exact: Sequence[Claim], console: Console) -> None:
@@ -85,12 +83,18 @@ def summary(study: Study, state: ClaimState) -> str:
 
 
 class Display:
-    """Runs done of all, time left, losses of those under way; without a terminal, a line per ended run."""
+    """Runs done of all, time left, losses of those under way; without a terminal, a line per ended run.
+
+    Also puts up the notice from which `python -m normlab status` knows of the study.
+    """
 
     def __init__(self, study: Study, console: Console) -> None:
         self.study = study
         self.console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._board = NoticeBoard(Path(study.output.runs_dir))
+        self._noticed: tuple[Sequence[ClaimState], list[str]] | None = None
+        self._reasons: dict[str, str] = {}
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -99,12 +103,14 @@ class Display:
 
     def __exit__(self, *exception: object) -> None:
         self._live.stop()
+        self._board.close()
 
     def show(self, states: Sequence[ClaimState], jobs: Sequence[Job], elsewhere: Sequence[Job]) -> None:
+        self._notice(states, jobs)
         if not self.console.is_terminal:
             return
         done, total = _counts(states)
-        left = _time_left(self.study, states, max(1, len(jobs)))
+        left = _time_left(self.study, states, len(jobs))
         head = Table.grid(padding=(0, 1))
         head.add_row(Text("runs"), ProgressBar(total, done, width=30), Text(f"{done}/{total}, about {left} left"))
         lines = [Text(f"  {job.id}  {_progress(job)}", overflow="ellipsis", no_wrap=True) for job in jobs]
@@ -114,10 +120,36 @@ class Display:
 
     def ended(self, ended: Ended, states: Sequence[ClaimState]) -> None:
         """Say that a run ended; in a terminal only if it did not do what it should."""
+        if ended.reason:
+            self._reasons[ended.job.id] = ended.reason
         if ended.reason or not self.console.is_terminal:
             done, total = _counts(states)
             how = ended.reason or _progress(ended.job)
             self.console.print(f"{done}/{total} {ended.job.id}: {how}", highlight=False, markup=False, soft_wrap=True)
+
+    def _notice(self, states: Sequence[ClaimState], jobs: Sequence[Job]) -> None:
+        ids = [job.id for job in jobs]
+        if self._noticed is not None and self._noticed[0] is states and self._noticed[1] == ids:
+            return  # this is asked twice a second
+        self._noticed = states, ids
+        for id_ in ids:
+            self._reasons.pop(id_, None)
+        self._board.put(
+            StudyNotice(
+                claims=[state.claim.id for state in states],
+                scale=self.study.scale,
+                done=_counts(states)[0],
+                total=_counts(states)[1],
+                seconds_left=_seconds_left(self.study, states, len(jobs)),
+                under_way=[self._planned(job) for job in jobs],
+                waiting=[self._planned(job) for job in self.study.jobs(states) if job.id not in ids],
+                later=len({run.id for state in states for run in state.waiting}),
+            )
+        )
+
+    def _planned(self, job: Job) -> PlannedJob:
+        reason = self._reasons.get(job.id, "")
+        return PlannedJob.of(job.id, job.config, reason or (_together(job) if job.seeds else ""), bool(reason))
 
 
 def _counts(states: Sequence[ClaimState]) -> tuple[int, int]:
@@ -128,8 +160,12 @@ def _counts(states: Sequence[ClaimState]) -> tuple[int, int]:
 
 
 def _time_left(study: Study, states: Sequence[ClaimState], workers: int) -> str:
+    return duration(_seconds_left(study, states, workers))
+
+
+def _seconds_left(study: Study, states: Sequence[ClaimState], workers: int) -> float | None:
     seconds = study.seconds([run for state in states for run in state.missing])
-    return duration(None if seconds is None else seconds / workers)
+    return None if seconds is None else seconds / max(1, workers)
 
 
 def _rates(state: ClaimState) -> str:
@@ -142,24 +178,9 @@ def _rates(state: ClaimState) -> str:
 
 
 def _progress(job: Job) -> str:
-    """Step and last losses of a run, from the end of its curve; for runs together, what measures them."""
-    if job.seeds:
-        return f"{', '.join(job.probes)} of {len(job.measured())} runs together"
-    rows = list(_last_rows(job.record.folder / "metrics.jsonl"))
-    if not rows:
-        return "starting"
-    losses = {name: row[name] for row in rows for name in ("train_loss_nats", "valid_loss_nats") if name in row}
-    said = ", ".join(f"{name.removesuffix('_loss_nats')} {value:.3f}" for name, value in losses.items())
-    return f"step {rows[-1]['step']}/{job.config.training.steps}: {said} nats"
+    """Step and last losses of a run; for runs together, what measures them."""
+    return _together(job) if job.seeds else progress(job.record.folder).line(job.config.training.steps)
 
 
-def _last_rows(path: Path) -> Iterator[dict]:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - WINDOW_BYTES))
-            lines = file.read().split(b"\n")
-    except FileNotFoundError:
-        return
-    for line in lines[:-1]:
-        if line.startswith(b"{"):  # the first may be torn
-            yield parse_json(line, str(path))
+def _together(job: Job) -> str:
+    return f"{', '.join(job.probes)} of {len(job.measured())} runs together"

@@ -17,6 +17,7 @@ from normlab.machine.products import choice
 from normlab.models.recurrent import Recurrent
 from normlab.norms.base import Norm
 from normlab.norms.batch_statistics import BatchStatisticsNorm
+from normlab.norms.kernels import PREFIX
 from normlab.tasks.metrics import baseline, evaluation_note
 from normlab.training.module import TextModule
 
@@ -25,6 +26,8 @@ __all__ = [
     "device_names",
     "leak_facts",
     "leak_warning",
+    "prefix_facts",
+    "prefix_norms",
     "product_facts",
     "recurrence_facts",
     "run_facts",
@@ -69,6 +72,22 @@ def recurrence_facts(module: TextModule, trainer: pl.Trainer) -> dict[str, str]:
                 backend, reason = part.backend_choice(trainer.strategy.root_device.type)
             return {"backend": backend, "reason": reason}
     return {}
+
+
+def prefix_norms(module: TextModule) -> list[Norm]:
+    """The norms with running statistics for which there are C kernels, and which get whole sequences."""
+    parts = list(module.modules())
+    stepwise = {norm for part in parts if isinstance(part, Recurrent) for norm in part.stepwise_norms()}
+    return [part for part in parts if isinstance(part, Norm) and part.has_kernels and part not in stepwise]
+
+
+def prefix_facts(module: TextModule, trainer: pl.Trainer) -> str:
+    """What computes the running statistics of `prefix_norms`, and why not the kernels; empty if there are none."""
+    if not prefix_norms(module):
+        return ""
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    absence = PREFIX.absence(torch.float32) if on_cpu else "not on a CPU"
+    return f"torch operators: {absence}" if absence else "C kernels"
 
 
 def product_facts(trainer: pl.Trainer) -> dict[str, Any]:

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 
 import pytorch_lightning as pl
-import torch
 
+from normlab.config import InputError
 from normlab.data.batches import Batch
 from normlab.norms.recompute import StatisticsGap, recompute_statistics, stores_statistics
 from normlab.records.record import RunRecord
 from normlab.training.datamodule import TextDataModule
 from normlab.training.module import TextModule
+from normlab.training.reading import read_checkpoint
 from normlab.training.stopping import Checkpoints
 
 __all__ = ["evaluate_best", "reestimate"]
@@ -52,8 +53,12 @@ def evaluate_best(
         say: takes one line for the user.
     """
     if checkpoints.best_step != trainer.global_step:
-        best = torch.load(checkpoints.best, map_location="cpu", weights_only=True)
-        module.load_state_dict(best["state_dict"])
+        mend = "train anew with --output.fresh true"
+        best = read_checkpoint(checkpoints.best, mend)
+        try:
+            module.load_state_dict(best["state_dict"])
+        except RuntimeError:  # a run that was resumed may find another file than it wrote
+            raise InputError(f"{checkpoints.best} is not a checkpoint of this run; {mend}") from None
     best_step = checkpoints.best_step
     if saw_all:
         best_row = [row for row in record.metrics() if row["step"] == best_step and "valid_loss_nats" in row][-1]

@@ -20,6 +20,7 @@ from normlab.records.environment import collect_environment
 from normlab.records.record import FORMAT_VERSION, RunRecord
 from normlab.training.faults import require_same_text
 from normlab.training.module import build_model
+from normlab.training.reading import read_checkpoint
 
 __all__ = ["open_run", "run_probe"]
 
@@ -66,13 +67,13 @@ def _weights(record: RunRecord, text: PreparedText, name: str) -> nn.Module:
     if name == "final" and not path.exists():
         path = record.checkpoints / "best.ckpt"  # nothing was re-estimated
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        own = {key.removeprefix("model."): value for key, value in stored.items() if key.startswith("model.")}
+        stored = read_checkpoint(path, "train the run again")["state_dict"]
+        own = {key.removeprefix("model."): value for key, value in stored.items() if str(key).startswith("model.")}
         model.load_state_dict(own)
     except FileNotFoundError:
         raise InputError(f"run {record.id} has no {path.name}; train it again with --output.fresh true") from None
-    except Exception as error:  # a damaged file fails in torch.load in many ways
-        raise InputError(f"cannot read the checkpoint {path} ({type(error).__name__}); train the run again") from None
+    except (RuntimeError, AttributeError) as error:  # other shapes, or no tensors at all
+        raise InputError(f"{path} is not a checkpoint of this run ({type(error).__name__}); train it again") from None
     return model
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import pickle
 import signal
 import warnings
 from collections.abc import Iterator
@@ -18,12 +17,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from rich.console import Console
 
 from normlab.config import HuggingFaceConfig, InputError, RunConfig, run_id
 from normlab.data.corpora import require_corpus
 from normlab.data.prepared import PreparedText, prepare
 from normlab.machine import products
+from normlab.machine.terminal import PlainConsole
 from normlab.models.huggingface import require_architecture
 from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
@@ -35,6 +34,7 @@ from normlab.training.facts import (
     device_names,
     leak_facts,
     leak_warning,
+    prefix_facts,
     product_facts,
     recurrence_facts,
     run_facts,
@@ -51,6 +51,7 @@ from normlab.training.faults import (
 )
 from normlab.training.final import evaluate_best
 from normlab.training.module import TextModule
+from normlab.training.reading import read_checkpoint
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
 from normlab.training.stopwatch import Stopwatch
 from normlab.training.watching import Activations, ProgressBar, Recorder
@@ -75,7 +76,7 @@ def train(config: RunConfig, *, pause_at: int | None = None) -> RunRecord:
     if isinstance(config.model, HuggingFaceConfig):
         require_architecture(config.model)  # before the text is prepared
     first = is_first_process()
-    console = Console(quiet=not first)
+    console = PlainConsole(quiet=not first)
     text = prepare(config.data)
     name = run_id(config)
     if first and name in record_ids(config.output.runs_dir):
@@ -153,7 +154,7 @@ class _Run:
     datamodule: TextDataModule
     module: TextModule
     record: RunRecord
-    console: Console
+    console: PlainConsole
     first: bool
     accelerator: str
     batch_size: int
@@ -202,15 +203,16 @@ class _Run:
         return self.trainer.global_step
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
     def train(self) -> Outcome:
         """Fit, then evaluate the weights with the best validation loss."""
         # A run that goes on keeps the products and the engine it began with, whatever this machine's are by now.
         begun = self.record.environment() if self.checkpoints.last.exists() else {}
+        begun_with = bool(begun.get("kernels")) if begun else None
         with (
             products.kept(begun.get("products", {}).get("onednn")),
-            one_engine(self.module, self.trainer, begun.get("kernels")) as on_kernels,
+            one_engine(self.module, self.trainer, begun_with) as on_kernels,
         ):
             return self._train(on_kernels)
 
@@ -252,7 +254,7 @@ class _Run:
             self.guard,
             self.recorder,
             Activations(self.recorder, batch, training.activations_every),
-            ProgressBar(Console(quiet=not (self.first and self.config.output.progress)), self.stopwatch),
+            ProgressBar(PlainConsole(quiet=not (self.first and self.config.output.progress)), self.stopwatch),
         ]
         if training.early_stop:
             callbacks.append(EarlyStopping("valid_loss_nats", patience=training.early_stop, check_finite=False))
@@ -267,10 +269,7 @@ class _Run:
                 self.record.rewind(-1)
             return None
         mend = "delete it, or train anew with --output.fresh true"
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise InputError(f"cannot read the checkpoint {path} ({type(error).__name__}); {mend}") from None
+        stored = read_checkpoint(path, mend)
         if not belongs_to(stored, self.module):
             raise InputError(f"{path} is not a checkpoint of this run to resume from; {mend}")
         step = stored["global_step"]
@@ -310,8 +309,13 @@ class _Run:
         recurrence = recurrence_facts(self.module, self.trainer)
         if recurrence:
             environment["recurrence"] = recurrence
-            environment["kernels"] = on_kernels
             self._say("recurrence: {backend} ({reason})".format(**recurrence))
+        running = prefix_facts(self.module, self.trainer)
+        if running:
+            environment["prefix_statistics"] = running
+            self._say(f"statistics over a prefix: {running}")
+        if recurrence or running:
+            environment["kernels"] = on_kernels
         chosen = product_facts(self.trainer)
         if chosen:
             environment["products"] = chosen

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import pickle
 import signal
 import sys
 import time
@@ -36,6 +35,7 @@ from normlab.training.facts import run_facts
 from normlab.training.faults import belongs_to, one_line, require_accelerator, require_same_text
 from normlab.training.module import TextModule
 from normlab.training.optim import rate_factor
+from normlab.training.reading import read_checkpoint
 from normlab.training.run import train
 from normlab.training.stackable import may_stack, obstacle
 from normlab.training.stacked_model import StackedModel, StepNumbers
@@ -110,14 +110,13 @@ def _takes_first_step(config: RunConfig) -> bool:
 
 
 def _last_checkpoint(record: RunRecord, text: PreparedText) -> dict[str, Any] | None:
-    """What the run goes on from; None if it has ended, or has no checkpoint that can be read."""
-    if record.outcome().state != "interrupted":
+    """What the run goes on from; None if it has ended, or has no checkpoint."""
+    path = record.checkpoints / "last.ckpt"
+    if record.outcome().state != "interrupted" or not path.exists():
         return None
     require_same_text(record, text)
-    try:
-        return torch.load(record.checkpoints / "last.ckpt", map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, ValueError, KeyError, EOFError, pickle.UnpicklingError):
-        return None
+    stored = read_checkpoint(path, "train it by itself")
+    return stored if "global_step" in stored else None
 
 
 def _advance(text: PreparedText, alike: Sequence[tuple[RunRecord, dict[str, Any]]]) -> bool:
@@ -322,9 +321,10 @@ class _Stack:
         for place, run in enumerate(runs):
             run.stack, run.place = self.model, place
             environment = run.record.environment()
-            environment["stacked"] = {"runs": len(runs), "place": place, "from_step": run.step}
+            fact: dict[str, Any] = {"runs": len(runs), "place": place, "from_step": run.step}
             if any(isinstance(part, Recurrent) for part in run.module.modules()):
-                environment["stacked"]["recurrence"] = "reference"  # kernels do not know the run axis
+                fact["recurrence"] = "reference"  # kernels do not know the run axis
+            environment["stacked"] = fact
             run.record.write_environment(environment)
 
     def train(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from normlab.training.module import TextModule
+from normlab.training.reading import read_checkpoint
 from normlab.training.stopwatch import Stopwatch
 
 __all__ = ["Checkpoints", "DivergenceGuard", "StopSignals"]
@@ -204,7 +205,7 @@ class Checkpoints(Checkpoint):
 
         def write(path: Path) -> None:
             if trainer.is_global_zero:
-                stored = torch.load(self.best, map_location="cpu", weights_only=True)
+                stored = read_checkpoint(self.best, "train anew with --output.fresh true")
                 stored["state_dict"] = {name: value.cpu() for name, value in module.state_dict().items()}
                 torch.save(stored, path)
 
