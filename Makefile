@@ -24,12 +24,13 @@ quoted = '$(subst ','\'',$(value $(1)))'
 flag = $(if $(value $(2)),$(1) $(call quoted,$(2)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study report exact test check format status watch dashboard norms metrics bench lock clean
+.PHONY: help setup train study report exact test check format status watch dashboard norms metrics bench bench-runs \
+	lock clean
 
 help: ## print this help
 	@echo "normlab: which normalization, in which network, on which text?"
 	@echo
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "  variables of make train:"
 	@echo "    NORM    $$(grep -l '^@final' src/normlab/norms/*.py | xargs -n1 basename -s .py | tr '\n' ' ')(docs/norms.md)"
@@ -100,6 +101,9 @@ metrics: $(READY) ## write docs/metrics.md anew from the list of what runs log
 bench: $(READY) ## what norms cost in an LSTM (beside torch.nn.LSTM) and in a Transformer (beside ln); ARGS: the LSTM alone
 	@$(PY) scripts/bench_recurrence.py $(ARGS)
 	@$(if $(ARGS),true,$(PY) scripts/bench_transformer.py)
+
+bench-runs: $(READY) ## runs per hour on this machine, with so many at once (docs/running.md)
+	@$(PY) scripts/bench_runs.py $(ARGS)
 
 lock: $(READY) ## write constraints.txt anew from what .venv holds
 	@$(PY) -m pip freeze --exclude-editable | sed -E 's/\+cpu$$//' > constraints.txt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import os
 import random
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,9 @@ def tiny_run(tiny_text: Path, tmp_path: Path) -> Callable[..., RunConfig]:
         return config_from_dict(values)
 
     return build
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

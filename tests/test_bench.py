@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
 
 import normlab
+from normlab.config import RunConfig
+from normlab.execution.engine import Ended
+from normlab.execution.jobs import Job
+from normlab.records.record import Outcome, RunRecord
 
 ROOT = Path(__file__).parent.parent
 
@@ -20,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[dict[str, ModuleType]]:
     sys.path.insert(0, str(ROOT / "scripts"))
-    names = ("benchmarking", "bench_recurrence", "bench_transformer", "peer_lstms", "recurrence_profile")
+    names = ("benchmarking", "bench_recurrence", "bench_transformer", "bench_runs", "peer_lstms", "recurrence_profile")
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(str(ROOT / "scripts"))
 
@@ -32,6 +38,8 @@ def test_pages_say_what_the_results_say(scripts: dict[str, ModuleType]):
     assert block((ROOT / "README.md").read_text(), "bench") == recurrence.ratios_block(found["table"])
     assert block(page, "profile") == recurrence.profile_block(found["profile"])
     assert block(page, "transformer") == transformer.page_block(read(transformer.RESULT))
+    runs = scripts["bench_runs"]
+    assert block(runs.PAGE.read_text(), "runs") == runs.page_block(read(runs.RESULT))
     assert recurrence.FIGURE.exists()
     assert found["sweep"]["rows"]
 
@@ -118,6 +126,101 @@ def test_a_small_run_of_the_transformers(
     assert {(row["task"], row["variant"]) for row in rows} == {
         (task, variant) for task in bench.TASKS for variant in ("bn", bench.TORCH_PRODUCTS)
     }
+
+
+class InstantEngine:
+    """Does each job in no time; remembers how many workers there were, with how many jobs each."""
+
+    waves: ClassVar[list[tuple[int, list[int]]]] = []
+
+    def __init__(self, size: int, *_: object, fails: str = "") -> None:
+        self.size, self.fails, self.jobs = size, fails, []
+
+    def __enter__(self) -> InstantEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def start(self, groups: list[list[Job]]) -> None:
+        self.waves.append((self.size, [len(group) for group in groups]))
+        self.jobs = [job for group in groups for job in group]
+
+    def ended(self) -> list[Ended]:
+        over, self.jobs = self.jobs, []
+        for job in over:
+            if not self.fails:
+                record = RunRecord.create(job.config)
+                record.start()
+                record.finish(Outcome("finished"))
+        return [Ended(job, self.fails) for job in over]
+
+
+def test_runs_per_hour_of_each_way(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    bench = scripts["bench_runs"]
+    ways = {"alone": bench.Way(InstantEngine), "stacked 3": bench.Way(InstantEngine, together=3)}
+    monkeypatch.setattr(bench, "WAYS", ways)
+    monkeypatch.setattr(bench, "available_cores", lambda: 2)
+    monkeypatch.setattr(InstantEngine, "waves", [])
+    all_families = bench.families
+    monkeypatch.setattr(bench, "families", lambda *how: dict([*all_families(*how).items()][:2]))
+    result = tmp_path / "bench.json"
+    bench.main(["--at-once", "1", "2", "4", "--seconds", "0", "--result", str(result)])
+    found = json.loads(result.read_text())
+    families = list(bench.families(2, "cpu", tmp_path))
+    assert [(row["family"], row["way"], row["at_once"], row["threads"], row["waves"]) for row in found["rows"]] == [
+        (family, *rest)
+        for family in families
+        for rest in (("alone", 1, 2, 3), ("alone", 2, 1, 3), ("alone", 4, 1, 3), ("stacked 3", 2, 1, 3))
+    ]
+    waves = InstantEngine.waves[2 * len(families) :]  # without those that warm up
+    assert waves[:4] == [(1, [1]), (2, [1, 1]), (4, [1] * 4), (2, [3, 3])]
+    assert len(waves) == 3 * len(found["rows"])
+    lines = bench.page_block(found).splitlines()
+    assert lines[0] == "| run | each is | 1 x 2 | 2 x 1 | 4 x 1 |"
+    hourly = f"{found['rows'][3]['runs_per_hour']:,.0f}"
+    assert lines[3] == f"| {families[0]} | stacked 3 | – | {hourly} | – |"
+
+
+def test_a_run_that_fails_ends_the_measurement(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
+    bench, result = scripts["bench_runs"], tmp_path / "bench.json"
+    fails = functools.partial(InstantEngine, fails="the disk is full")
+    monkeypatch.setattr(bench, "WAYS", {"alone": bench.Way(fails)})
+    monkeypatch.setattr(sys, "argv", ["bench_runs.py", "--quick", "--result", str(result)])
+    assert scripts["benchmarking"].guarded(bench.main) == 2
+    error = capsys.readouterr().err
+    assert "the disk is full" in error
+    assert error.count("\n") == 1
+    assert not result.exists()
+
+
+def test_a_wave_of_real_runs(scripts: dict[str, ModuleType], tiny_run: Callable[..., RunConfig]):
+    bench = scripts["bench_runs"]
+    number, seconds = bench.wave(bench.WAYS["a Python for each"], tiny_run(training__steps=2), 1, [])
+    assert number == 1
+    assert seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--at-once", "0"], "must be at least 1"),
+        (["--ways", "threads"], "invalid choice: 'threads'"),
+        (["--quick"], "give it a --result of its own"),
+        (["--write", "--result", "/nowhere/x.json"], "there is no x.json yet"),
+        (["--device", "cuda", "--result", "/nowhere/x.json"], "name no GPU here"),
+    ],
+)
+def test_a_wrong_flag_of_the_runs_is_one_line(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys, flags: list[str], said: str
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "argv", ["bench_runs.py", *flags])
+    assert scripts["benchmarking"].guarded(scripts["bench_runs"].main) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

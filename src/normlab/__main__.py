@@ -31,6 +31,7 @@ from normlab.config import (
     require_choice,
     run_id,
 )
+from normlab.machine.processes import ProcessError, place_in_run, says_mistakes
 from normlab.machine.terminal import printable
 from normlab.records.disk import read_yaml
 
@@ -79,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         require_choice("command", arguments[0], commands)
         return commands[arguments[0]](arguments[1:])
     except InputError as error:
-        print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
+        if says_mistakes() or isinstance(error, ProcessError):
+            print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
         return EXIT_INPUT
     except KeyboardInterrupt:
         print(f"normlab: stopped{AFTER_A_STOP.get(arguments[0], '')}", file=sys.stderr)
@@ -88,15 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(arguments: list[str]) -> int:
     config = parse_run(arguments)
+    place = place_in_run(config.training.devices)
     from normlab.data.corpora import require_corpus
 
     require_corpus(config.data)
     from normlab.records.summary import show
-    from normlab.training.run import is_first_process, train
+    from normlab.training.run import train
 
     record = train(config)
-    if is_first_process():
-        show(record)
+    if not place.is_first:
+        return 0  # the first one says how the run ended
+    show(record)
     return _exit_code(record.outcome().state, record.outcome().reason)
 
 
@@ -203,7 +207,8 @@ def _study(arguments: list[str]) -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the runs instead")
     parser.add_argument("--where", type=Literal["local"], default="local", help="local: processes on this machine")
-    parser.add_argument("--workers", type=int, default=0, help="runs at once; 0 takes one per core, at scale full 1")
+    parser.add_argument("--workers", type=int, default=0, help="runs at once, at most; 0 takes one per core")
+    parser.add_argument("--runs-per-gpu", type=int, default=0, help="at scale full; 0 has it measured")
     parser.add_argument(
         "--stack", type=int, default=0, help="runs trained as one model; 0: several where that is faster, 1: never"
     )
@@ -215,7 +220,9 @@ def _study(arguments: list[str]) -> int:
     from normlab.study.command import study
 
     output = OutputConfig(runs_dir=options.runs_dir, wandb=options.wandb, progress=False)
-    execution = ExecutionOptions(where=options.where, workers=options.workers, stack=options.stack)
+    execution = ExecutionOptions(
+        where=options.where, workers=options.workers, runs_per_gpu=options.runs_per_gpu, stack=options.stack
+    )
     return study(options.claim, options.scale, output, Path(options.results_dir), execution, dry_run=options.dry_run)
 
 

@@ -149,6 +149,53 @@ def test_a_server_that_accepts_and_never_answers_costs_seconds(tmp_path: Path, p
     assert inspect(tmp_path)["summary"]["step"] == 2
 
 
+# A server that knows just enough to begin a run, and that is gone after three rows.
+DYING_SERVER = """
+import http.server, json, os, threading, time
+
+PROJECT = {"id": "p", "name": "normlab", "entity": {"id": "e", "name": "me"}}
+RUN = {"id": "b", "name": "x", "displayName": "x", "description": "", "config": "{}", "project": PROJECT}
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = {}
+        if b"UpsertBucket" in asked:
+            answer = {"data": {"upsertBucket": {"bucket": RUN, "inserted": True}}}
+        elif b"RunResumeStatus" in asked:
+            answer = {"data": {"model": {**PROJECT, "bucket": None}}}
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_port}"
+"""
+
+
+def test_a_server_that_dies_in_the_middle_of_a_run(tmp_path: Path) -> None:
+    begun, rows_and_end = MIRROR.split("mirror.summary")
+    dies = "assert mirror.where().startswith('W&B: http'), said\nserver.shutdown()\nserver.server_close()\n"
+    more = "for step in range(3, 6):\n    mirror.log({'train_loss_nats': 3.0 - step}, step, step * 0.5)\nmirror.summary"
+    code = DYING_SERVER + begun.replace("INIT_SECONDS = 3.0", "INIT_SECONDS = 60.0") + dies + more + rows_and_end
+    done = mirror(tmp_path, "online", code, WANDB_API_KEY=KEY)
+    assert done["said"] == ["W&B stopped recording, the run goes on: Timed out finishing run."]
+    assert "W&B recorded on disk; upload with: " in done["where"]
+    assert KEY.encode() not in local_files(tmp_path)
+    assert inspect(tmp_path)["summary"]["step"] == 5, "what was sent to nobody is on disk"
+
+
 def test_online_without_a_key_says_so_and_does_not_ask(tmp_path: Path) -> None:
     done = mirror(tmp_path, "online")
     assert done["said"] == ["W&B records offline: there is no API key; log in with `wandb login`"]

@@ -1,8 +1,9 @@
 """A worker that trains nothing: it writes the record that its job would have had, at once. No torch.
 
-In `<runs_dir>/orders.json`, by arm's norm: "fail" (each time), "fail once", "die" (killed), "wait" (until stopped),
-"diverge", "diverge at 1" (seed 1 alone), "nothing" (ends well and leaves nothing), "slowly" (half a second a run); for
-jobs that measure runs together: "fail together", "fail together once". Each start is a line of `<runs_dir>/starts`.
+In `<runs_dir>/orders.json`, by arm's norm: "fail" (each time), "fail once", "no memory twice" (in tuning), "die"
+(killed), "wait" (until stopped), "diverge", "diverge at 1" (seed 1 alone), "nothing" (ends well and leaves nothing),
+"slowly" (half a second a run); for jobs that measure runs together: "fail together", "fail together once". Each start
+is a line of `<runs_dir>/starts`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ tries = (runs / "starts").read_text().count(job.id)
 order = orders.get(config.model.norm, "")
 if order == "fail" or (order == "fail once" and tries == 1):
     print("normlab: error: the disk is full", file=sys.stderr)
+    sys.exit(2)
+if order == "no memory twice" and config.seed == 7 and tries <= 2:
+    print("normlab: error: out of memory; lower data.batch_size (now 4)", file=sys.stderr)
     sys.exit(2)
 if order == "nothing":
     sys.exit(0)

@@ -29,7 +29,8 @@ class Bench:
     def run(self, *claims: Claim, workers: int = 2) -> tuple[int, str]:
         """Incomplete arguments, and what was printed."""
         said = StringIO()
-        code = run_study(self.study(*claims), local_workers(workers, self.runs), Console(file=said, width=200))
+        console = Console(file=said, width=200)
+        code = run_study(self.study(*claims), local_workers(workers, self.runs, console.print), console)
         return code, said.getvalue()
 
     def order(self, **of_norm: str) -> None:

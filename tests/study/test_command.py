@@ -9,12 +9,14 @@ import pytest
 from normlab.__main__ import main
 from normlab.claims import available_claims, load_claim
 from normlab.execution.local import LocalWorkers
+from normlab.study import command
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NORMLAB_DATA", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("normlab.data.corpora.installed", lambda: False)
 
     def start(*_: object) -> None:
@@ -31,6 +33,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("y", "no argument in section 'y'; there are: "),
         ("d2 --scale big", "scale must be one of small, full, not 'big'"),
         ("d2 --workers -1", "workers is -1; it must be at least 1"),
+        ("d2 --runs-per-gpu -1", "runs-per-gpu is -1; it must be at least 1"),
+        ("d2 --runs-per-gpu 2", "there is no GPU to share: runs of scale small use none; leave it out"),
+        ("d2 --scale full --runs-per-gpu 2", "there is no GPU to share: nvidia-smi and CUDA_VISIBLE_DEVICES name none"),
         ("d2 --workers two", "workers must be int, not 'two'"),
         ("d2 --wandb yes", "wandb must be one of auto, online, offline, off"),
         ("d2 --dry", "unknown flag '--dry' (did you mean '--dry-run'?)"),
@@ -43,6 +48,31 @@ def test_a_mistake_gets_one_line(arguments: str, said: str, capsys: pytest.Captu
     assert said in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "size", "per_gpu"),
+    [
+        ("", "0,1", 6, 0),
+        ("--workers 3", "", 3, 0),
+        ("--scale full", "", 1, 0),
+        ("--scale full", "0,1", 6, 0),
+        ("--scale full --workers 3", "0,1", 3, 0),
+        ("--scale full --runs-per-gpu 2", "0,1", 6, 2),
+        ("--scale full --runs-per-gpu 5", "0,1", 10, 5),
+    ],
+)
+def test_how_many_at_once(flags: str, gpus: str, size: int, per_gpu: int, monkeypatch: pytest.MonkeyPatch):
+    """On a machine with 6 cores; at scale small nobody asks for its GPUs."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
+    monkeypatch.setattr(command, "available_cores", lambda: 6)
+    found: list[LocalWorkers] = []
+    monkeypatch.setattr(command, "run_study", lambda study, engine, console: found.append(engine) or 0)
+    assert main(["study", "d2", *flags.split()]) == 0
+    (workers,) = found
+    assert (workers.size, workers.runs_per_gpu) == (size, per_gpu)
+    assert len(workers.gpus) == (2 if "full" in flags and gpus else 0)
 
 
 def test_a_damaged_table_gets_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):

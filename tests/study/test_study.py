@@ -126,6 +126,15 @@ def test_a_diverged_run_counts_as_worst_and_stays(bench: Bench):
     assert all(math.isnan(row.value) for row in rows if row.phase == "tuning")
 
 
+def test_a_run_that_lacked_memory_beside_others_runs_again_beside_fewer(bench: Bench):
+    bench.order(bn_step="no memory twice")
+    code, said = bench.run(workers=4)
+    assert code == 0, "the first of two failures was not its own"
+    assert "failed twice" not in said
+    assert "4 at once: 2 from now on, and it runs again" in said
+    assert Counter(Counter(bench.starts()).values()) == {1: 6, 3: 2}
+
+
 def test_a_run_of_another_process_is_left_to_it_and_waited_for(bench: Bench):
     study = bench.study()
     job = study.jobs([study.state(study.claims[0])])[0]
@@ -217,3 +226,17 @@ def test_a_measurement_that_a_record_lacks_is_said_at_the_end(bench: Bench):
     code, said = bench.run(tiny_claim(bench.text, measurement=lacking))
     assert "has no zzz" in said
     assert code == 0
+
+
+def test_runs_on_different_texts_are_not_compared(bench: Bench):
+    bench.run()
+    study = bench.study()
+    (claim,) = study.claims
+    records = [RunRecord.open(run.id, bench.runs) for run in study.state(claim).tuned]
+    for record, text in zip(records, ("a", "a", None, "a"), strict=True):
+        record.write_environment({**record.environment(), "data": {"sha256": text} if text else {}})
+    assert bench.run()[0] == 0, "what an older record does not say is not held against it"
+    records[3].write_environment({**records[3].environment(), "data": {"sha256": "b"}})
+    said = f"compares {records[0].folder} and {records[3].folder}, but the text of .* changed between them; move away"
+    with pytest.raises(InputError, match=said):
+        bench.run()

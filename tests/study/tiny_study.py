@@ -6,6 +6,7 @@ python tiny_study.py TEXT FOLDER
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -71,8 +72,8 @@ def tiny_study(text: Path, folder: Path) -> Study:
     return Study(claims, "small", output, folder / "results")
 
 
-def local_workers(size: int, runs: Path) -> LocalWorkers:
-    return LocalWorkers(size, runs / ".study")
+def local_workers(size: int, runs: Path, say: Callable[[str], None] = print) -> LocalWorkers:
+    return LocalWorkers(size, runs / ".study", say=say)
 
 
 if __name__ == "__main__":

@@ -3,121 +3,111 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import re
+import resource
 import signal
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import torch
+from forked import Program, begin, train_config
 
 from normlab.config import InputError, RunConfig
-from normlab.records.record import RunRecord, record_ids
+from normlab.data.batches import Batch
+from normlab.data.prepared import prepare
+from normlab.records import record as records
+from normlab.records.record import OUT_OF_MEMORY, RunRecord, record_ids
 from normlab.training import watching
 from normlab.training.module import TextModule
 from normlab.training.run import train
+from normlab.training.stopping import DivergenceGuard
 
 Build = Callable[..., RunConfig]
-FLAGS = "--model.width 16 --data.length 12 --data.batch_size 8 --optim.lr 1e-2 --output.wandb off --training.threads 1"
-LONG = "--training.steps 4000 --training.valid_every 1000 --training.checkpoint_every 20"
+LONG = {"training__steps": 100_000, "training__valid_every": 100_000, "training__checkpoint_every": 20}
 
 
-def start(tiny_text: Path, runs: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "normlab", "train", "--data", str(tiny_text), "--output.runs_dir", str(runs)]
-    return subprocess.Popen(
-        [*command, *FLAGS.split(), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def record_of(config: RunConfig) -> RunRecord:
+    return RunRecord.open(record_ids(config.output.runs_dir)[0], config.output.runs_dir)
 
 
-def wait_for_steps(runs: Path, steps: int) -> RunRecord:
-    """The record, once it has rows of that many steps."""
+def wait_for(program: Program, happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if ids := record_ids(runs):
-            record = RunRecord.open(ids[0], runs)
-            rows = record.metrics()
-            if rows and rows[-1]["step"] >= steps:
-                return record
-        time.sleep(0.05)
-    raise AssertionError("the run did not get under way")
+    while not happened():
+        assert time.monotonic() < deadline, program.said
+        assert program.process.exitcode is None, program.said
+        time.sleep(0.02)
+
+
+def is_at(config: RunConfig, step: int) -> bool:
+    """Whether the run has rows of that many steps."""
+    if not record_ids(config.output.runs_dir):
+        return False
+    rows = record_of(config).metrics()
+    return bool(rows) and rows[-1]["step"] >= step
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_run_with_a_checkpoint(tiny_text: Path, tmp_path: Path, number: int, code: int):
-    process = start(tiny_text, tmp_path, *LONG.split())
-    record = wait_for_steps(tmp_path, 25)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in err
+def test_a_signal_ends_the_run_with_a_checkpoint(tiny_run: Build, tmp_path: Path, number: int, code: int):
+    config = tiny_run(**LONG)
+    program = begin(train_config(config, tmp_path), tmp_path / "log")
+    wait_for(program, lambda: is_at(config, 25))
+    os.kill(program.process.pid or 0, number)
+    assert program.wait() == code
+    assert "Traceback" not in program.said
+    record = record_of(config)
     outcome = record.outcome()
     assert outcome.state == "interrupted"
-    assert f"--resume {record.folder}" in " ".join(out.split())
+    assert f"--resume {record.folder}" in " ".join(program.said.split())
     # Nothing is lost: the checkpoint is of the very last step.
     assert record.metrics()[-1]["step"] == outcome.step
-    again = start(tiny_text, tmp_path, *LONG.split())
-    assert again.stdout is not None
-    lines = again.stdout.readline() + again.stdout.readline()
-    again.kill()
-    again.communicate()
-    assert f"going on from step {outcome.step} of" in lines
+    again = begin(train_config(config, tmp_path), tmp_path / "again")
+    wait_for(again, lambda: f"going on from step {outcome.step} of" in again.said)
+    again.process.kill()
 
 
 @pytest.mark.slow
-def test_a_kill_leaves_a_record_that_goes_on(tiny_text: Path, tmp_path: Path):
-    process = start(tiny_text, tmp_path, *LONG.split())
-    record = wait_for_steps(tmp_path, 45)
-    assert record.outcome().state == "running"
-    process.kill()
-    process.communicate()
-    assert (record.outcome().state, record.outcome().reason) == ("interrupted", "killed")
-    resumed = subprocess.Popen(
-        [sys.executable, "-m", "normlab", "train", "--resume", str(record.folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    before = record.metrics()[-1]["step"]
-    deadline = time.monotonic() + 120
-    while record.metrics()[-1]["step"] <= before + 20:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    resumed.send_signal(signal.SIGINT)
-    out, _ = resumed.communicate(timeout=60)
-    assert resumed.returncode == 130
-    assert "going on from step" in out
-    steps = [row["step"] for row in record.metrics() if "train_loss_nats" in row]
-    assert steps == sorted(set(steps))
+def test_one_of_two_that_start_one_run_at_once_yields(tiny_run: Build, tmp_path: Path):
+    for round_number in range(4):
+        config = tiny_run(**LONG, seed=round_number)
+        (tmp_path / str(round_number)).mkdir()
+        arguments = train_config(config, tmp_path / str(round_number))
+        programs = [begin(arguments, tmp_path / str(round_number) / name) for name in ("a", "b")]
+        wait_for_one = time.monotonic() + 120
+        while all(program.process.exitcode is None for program in programs) and time.monotonic() < wait_for_one:
+            time.sleep(0.02)
+        loser, winner = sorted(programs, key=lambda program: program.process.exitcode is None)
+        wait_for(winner, lambda config=config: is_at(config, 1))
+        winner.process.kill()
+        assert loser.wait() == 2
+        yields = (
+            f"normlab: error: run .* is being trained by process {winner.process.pid}; wait for it or change the seed"
+        )
+        assert re.fullmatch(yields, loser.said.strip()), loser.said
 
 
-@pytest.mark.slow
-def test_two_processes_do_not_train_one_run(tiny_text: Path, tmp_path: Path):
-    process = start(tiny_text, tmp_path, *LONG.split())
-    wait_for_steps(tmp_path, 1)
-    other = start(tiny_text, tmp_path, *LONG.split())
-    _, err = other.communicate(timeout=60)
-    process.kill()
-    process.communicate()
-    assert other.returncode == 2
-    assert f"is being trained by process {process.pid}" in err
-    assert err.count("\n") == 1
-
-
-def test_ctrl_c_in_the_final_evaluation_keeps_the_training(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("number", "reason"), [(signal.SIGINT, "stopped at once"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_in_the_final_evaluation_keeps_the_training(
+    tiny_run: Build, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
+):
     def interrupted(*_: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     config = tiny_run()
     with monkeypatch.context() as patch:
         patch.setattr(TextModule, "test_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit, match=r"143|^$"):
             train(config)
-    record = RunRecord.open(record_ids(config.output.runs_dir)[0], config.output.runs_dir)
-    assert record.outcome().state == "interrupted"
+    record = record_of(config)
+    assert (record.outcome().state, record.outcome().reason) == ("interrupted", reason)
     rows, seconds = record.metrics(), record.outcome().seconds
     outcome = train(config).outcome()
     assert outcome.state == "finished"
@@ -136,7 +126,7 @@ def test_a_full_disk_is_said_in_one_line(tiny_run: Build, monkeypatch: pytest.Mo
         patch.setattr(pl.Trainer, "save_checkpoint", full_disk)
         with pytest.raises(InputError, match=r"the disk of .* is full; free some space, then run the same command"):
             train(config)
-    record = RunRecord.open(record_ids(config.output.runs_dir)[0], config.output.runs_dir)
+    record = record_of(config)
     assert record.outcome().state == "failed"
     assert "No space left" in record.outcome().reason
     assert train(config).outcome().state == "finished"
@@ -149,18 +139,142 @@ def test_a_disk_too_full_for_the_outcome_reads_as_killed(tiny_run: Build, monkey
         patch.setattr(RunRecord, "finish", full_disk)
         with pytest.raises(InputError, match="is full"):
             train(config)
-    record = RunRecord.open(record_ids(config.output.runs_dir)[0], config.output.runs_dir)
+    record = record_of(config)
     assert record.outcome().state == "interrupted"
     assert train(config).outcome().state == "finished"
 
 
-def test_out_of_memory_is_said_in_one_line(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
-    def hungry(*_: object) -> None:
-        raise MemoryError
+def leave_no_memory() -> None:
+    """From the fifth step on this process gets no more memory: the validation that is due then needs some."""
+    after_batch = watching.Recorder.on_train_batch_end
 
+    def limited(self: watching.Recorder, trainer: pl.Trainer, *others: object) -> None:
+        after_batch(self, trainer, *others)  # pyright: ignore[reportArgumentType]
+        if trainer.global_step == 5:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**20, resource.RLIM_INFINITY))
+
+    watching.Recorder.on_train_batch_end = limited  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux alone")
+def test_out_of_memory_is_said_in_one_line_and_the_next_run_goes_on(tiny_run: Build, tmp_path: Path):
+    config = tiny_run(training__checkpoint_every=4, model__width=256, data__batch_size=32)
+    starved = begin(train_config(config, tmp_path), tmp_path / "log", before=leave_no_memory)
+    assert starved.wait() == 2, starved.said
+    line = "normlab: error: out of memory; lower data.batch_size (now 32), model.width (now 256) or data.length\n"
+    assert starved.err.read_text() == line
+    outcome = record_of(config).outcome()
+    assert (outcome.state, outcome.step) == ("failed", 5)
+    assert outcome.reason.startswith(f"{OUT_OF_MEMORY}: ")
+    again = begin(train_config(config, tmp_path), tmp_path / "again")
+    assert again.wait() == 0, again.said
+    assert "going on from step 4 of" in again.said
+    assert record_of(config).outcome().state == "finished"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_memory_runs_out_in_several_ways(tiny_run: Build, monkeypatch: pytest.MonkeyPatch, error: Exception):
+    def hungry(*_: object) -> None:
+        raise error
+
+    config = tiny_run()
     monkeypatch.setattr(watching.Recorder, "on_train_batch_end", hungry)
     with pytest.raises(InputError, match=r"out of memory; lower data\.batch_size \(now 8\), model\.width \(now 16\)"):
-        train(tiny_run())
+        train(config)
+    assert record_of(config).outcome().reason.startswith(OUT_OF_MEMORY)
+
+
+def test_a_validation_loss_that_is_no_number_is_a_divergence(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
+    evaluate = TextModule._evaluate
+
+    def spoiled(self: TextModule, batch: Batch) -> None:
+        """One batch of the split is lost."""
+        evaluate(self, batch)
+        if batch.mask_BT is not None:
+            self.nats.update(torch.tensor(float("nan")), 1)
+
+    monkeypatch.setattr(TextModule, "_evaluate", spoiled)
+    outcome = train(tiny_run()).outcome()
+    assert (outcome.state, outcome.step) == ("diverged", 5)
+    assert outcome.reason == "validation loss inf nats at or before step 5 is not below the bound of 20"
+
+
+@pytest.mark.slow
+def test_divergence_is_no_error_of_the_program(tiny_run: Build, tmp_path: Path):
+    config = tiny_run(model__norm="none", optim__name="sgd", optim__lr=1e30, optim__clip=0.0, training__valid_every=40)
+    program = begin(train_config(config, tmp_path), tmp_path / "log")
+    assert program.wait() == 0, program.said
+    outcome = record_of(config).outcome()
+    assert outcome.state == "diverged"
+    assert "training loss nan nats" in outcome.reason
+
+
+def test_a_loss_between_two_looks_is_not_forgotten_by_a_resume(tiny_run: Build):
+    guard = DivergenceGuard(20.0)
+    guard._worst = torch.tensor(25.0)
+    resumed = DivergenceGuard(20.0)
+    resumed.load_state_dict(guard.state_dict())
+    config = tiny_run()
+    trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    module = TextModule(config, prepare(config.data))
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 10
+    module.last_loss_nats = torch.tensor(2.0)
+    resumed.on_train_batch_end(trainer, module)
+    assert "training loss 25 nats at or before step 10" in resumed.reason
+
+
+def turn_the_clock_back() -> None:
+    """Each look at the clock of the wall finds it an hour earlier."""
+    began, hours = time.time(), itertools.count()
+    time.time = lambda: began - 3600 * next(hours)
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:
+            return datetime.fromtimestamp(began, UTC) - timedelta(hours=next(hours))
+
+    records.datetime = Clock  # pyright: ignore[reportPrivateImportUsage]
+
+
+@pytest.mark.slow
+def test_a_clock_that_goes_backwards_changes_nothing(tiny_run: Build, tmp_path: Path):
+    config = tiny_run(output__wandb="auto", output__runs_dir=str(tmp_path / "back"))
+    environment = {"WANDB_MODE": "offline"}
+    program = begin(train_config(config, tmp_path), tmp_path / "log", environment, turn_the_clock_back)
+    assert program.wait() == 0, program.said
+    assert "Traceback" not in program.said
+    record, usual = record_of(config), train(tiny_run())
+    assert record.outcome().written_at < datetime.now(UTC).isoformat()
+    assert record.outcome().results["test_loss_nats"] == usual.outcome().results["test_loss_nats"]
+    seconds = [row["seconds"] for row in record.metrics()]
+    assert seconds[0] > 0
+    assert seconds == sorted(seconds)
+    assert all(row.get("tokens_per_second", 1) > 0 for row in record.metrics())
+    assert record.outcome().seconds >= seconds[-1]
+
+
+@pytest.mark.slow
+def test_a_wandb_server_that_never_answers_does_not_hold_up_a_run(tiny_run: Build, tmp_path: Path):
+    config = tiny_run(output__wandb="online")
+    key = "0123456789abcdef0123456789abcdef01234567"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        environment = {"WANDB_MODE": "online", "WANDB_API_KEY": key, "WANDB_BASE_URL": url, "HOME": str(tmp_path)}
+        program = begin(train_config(config, tmp_path), tmp_path / "log", environment)
+        assert program.wait() == 0, program.said
+    assert program.said.count(f"W&B records offline: {url} does not answer") == 1
+    assert "upload with" in program.said
+    assert record_of(config).outcome().state == "finished"
+    assert key not in program.said
 
 
 def test_a_bug_is_not_dressed_up_as_a_mistake(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
@@ -171,7 +285,7 @@ def test_a_bug_is_not_dressed_up_as_a_mistake(tiny_run: Build, monkeypatch: pyte
     monkeypatch.setattr(watching.Recorder, "on_train_batch_end", broken)
     with pytest.raises(ZeroDivisionError):
         train(config)
-    record = RunRecord.open(record_ids(config.output.runs_dir)[0], config.output.runs_dir)
+    record = record_of(config)
     assert record.outcome().reason == "ZeroDivisionError: a bug"
 
 

@@ -7,7 +7,7 @@ import statistics
 
 from normlab.config import OptimConfig, OutputConfig, RunConfig, run_id
 
-__all__ = ["Durations"]
+__all__ = ["Durations", "likes"]
 
 
 class Durations:
@@ -20,18 +20,19 @@ class Durations:
         self._seconds: dict[str, dict[str, float]] = {}
 
     def add(self, config: RunConfig, seconds: float) -> None:
-        for like in _likes(config):
+        for like in likes(config):
             self._seconds.setdefault(like, {})[run_id(config)] = seconds
 
     def estimate(self, config: RunConfig) -> float | None:
         """Median seconds of the runs most like it; None if there are none."""
-        for like in _likes(config):
+        for like in likes(config):
             if like in self._seconds:
                 return statistics.median(self._seconds[like].values())
         return None
 
 
-def _likes(config: RunConfig) -> tuple[str, str]:
+def likes(config: RunConfig) -> tuple[str, str]:
+    """Names of what a run has in common with others: with those of another seed and rate, and of another norm too."""
     same = dataclasses.replace(config, seed=0, optim=OptimConfig(), output=OutputConfig())
     # Config files of architectures are not read again: `from_file` holds what they said.
     norm = {"norm": "none", "norm_options": type(config.model.norm_options)()}

@@ -21,28 +21,38 @@ class ExecutionOptions:
 
     Args:
         where: local (processes on this machine).
-        workers: worker processes at once; 0 takes one per core, at scale full one, which has the GPU to itself.
+        workers: worker processes at once, at most; 0 takes one per core, at scale full as many as the GPUs have room
+            for.
+        runs_per_gpu: of them on each GPU; 0 has it measured.
         stack: runs that are trained as one model, which differ in seed and learning rate alone: 0 takes several where
             that was measured to be faster, 1 none, any other number up to so many.
     """
 
     where: Where = "local"
     workers: int = 0
+    runs_per_gpu: int = 0
     stack: int = 0
 
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise InputError(f"workers is {self.workers}; it must be at least 1, or 0 for one per core")
+        if self.runs_per_gpu < 0:
+            raise InputError(f"runs-per-gpu is {self.runs_per_gpu}; it must be at least 1, or 0 to have it measured")
         if self.stack < 0:
             raise InputError(f"stack is {self.stack}; it must be at least 1, or 0 to stack where that is faster")
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a job ended: `reason` is one line, empty if it is done."""
+    """How a job ended: `reason` is one line, empty if it is done.
+
+    Args:
+        again: it failed for the company it was in, and does not count as tried.
+    """
 
     job: Job
     reason: str
+    again: bool = False
 
 
 class Engine(Protocol):

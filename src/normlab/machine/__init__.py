@@ -1,1 +1,1 @@
-"""The machine at hand: processor, terminal, a folder for what is found out once and kept, fastest matrix products."""
+"""The machine at hand: limits, processor, terminal, a folder for what is found out once and kept, fastest products."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -11,6 +12,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from normlab.machine.limits import core_quota
 
 __all__ = ["available_cores", "code_commit", "collect_environment", "commit_label", "program"]
 
@@ -67,8 +70,9 @@ def _command(argv: Sequence[str]) -> list[str]:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; a container's share of time is rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, math.ceil(core_quota() or cores)))
 
 
 def _memory_gib() -> float:

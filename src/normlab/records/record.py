@@ -42,9 +42,11 @@ from normlab.records.disk import (
 )
 from normlab.records.lock import FolderLock
 
-__all__ = ["Outcome", "RunRecord", "record_ids"]
+__all__ = ["OUT_OF_MEMORY", "Outcome", "RunRecord", "record_ids"]
 
 FORMAT_VERSION = 1
+OUT_OF_MEMORY = "out of memory"
+"""How the reason of a run begins that failed because memory ran out; fewer runs at once may do."""
 State = Literal["running", "finished", "diverged", "interrupted", "failed"]
 
 
@@ -150,7 +152,9 @@ class RunRecord:
         """
         self._acquire()
         for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+            # A config is written before the lock is taken, and another process may be at it.
+            if not leftover.name.startswith(".config.yaml."):
+                leftover.unlink(missing_ok=True)
         self._write_outcome(Outcome("running", step=step, seconds=seconds))
 
     def log(self, step: int, seconds: float, metrics: Mapping[str, Any]) -> None:

@@ -87,6 +87,7 @@ class Study:
         self._tuning = {claim.id: claim.tuning_runs(self.scale) for claim in self.claims}
         self._records: dict[tuple[str, ...], RunRecord] = {}
         self._read: dict[tuple[str, ...], Row] = {}
+        self._texts: dict[tuple[str, str, str], tuple[RunRecord, str]] = {}
         everything = [(claim, run) for claim in self.claims for run in self.state(claim).runs]
         self._jobs(everything)
 
@@ -211,9 +212,23 @@ class Study:
             job = self._job(claim, run)
             if not job.is_done():
                 return None
+            self._require_one_text(claim, run, job.record)
             self._records[key] = job.record
             self.durations.add(run.config, job.seconds())
         return self._records[key]
+
+    def _require_one_text(self, claim: Claim, run: PlannedRun, record: RunRecord) -> None:
+        """Raise `InputError` if a run that `record` is compared with was trained on another text of the same name."""
+        text = record.environment().get("data", {}).get("sha256")
+        if text is None:
+            return
+        key = (claim.id, run.setting, run.config.data.corpus)
+        first, its_text = self._texts.setdefault(key, (record, text))
+        if its_text != text:
+            raise InputError(
+                f"argument {claim.id} compares {first.folder} and {record.folder}, but the text of "
+                f"{run.config.data.corpus} changed between them; move away the record of the wrong text"
+            )
 
     def _has(self, claim: Claim, run: PlannedRun) -> bool:
         """Whether its numbers are there. Those of a table count if all arms at that seed are in it: a measurement may

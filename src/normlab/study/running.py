@@ -166,7 +166,7 @@ class _Runner:
         job = ended.job
         if job.is_done():
             return
-        if job.record.outcome().state == "running":
-            self.attempts[job.id] -= 1  # another process was faster
+        if ended.again or job.record.outcome().state == "running":
+            self.attempts[job.id] -= 1  # not its fault; or another process was faster
         elif self.attempts[job.id] >= ATTEMPTS:
             self.failed[job.id] = f"{ended.reason or 'it left no result'}; its log: {engine.log(job)}"

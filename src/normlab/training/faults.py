@@ -11,20 +11,31 @@ from normlab.config import HuggingFaceConfig, InputError, RunConfig
 from normlab.data.prepared import PreparedText
 from normlab.norms.base import Norm
 from normlab.norms.batch_statistics import BatchStatisticsNorm
-from normlab.records.record import RunRecord
+from normlab.records.record import OUT_OF_MEMORY, RunRecord
 from normlab.training.module import TextModule
 
-__all__ = ["belongs_to", "explain", "one_line", "require_accelerator", "require_rows", "require_same_text"]
+__all__ = [
+    "belongs_to",
+    "explain",
+    "failure",
+    "other_process_ended",
+    "require_accelerator",
+    "require_rows",
+    "require_same_text",
+]
+
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""What gloo and NCCL say when another process is gone."""
 
 
 def require_accelerator(asked: str, devices: int) -> str:
-    """ "gpu" (CUDA) or "cpu"; other accelerators lack the fp64 that losses are summed in."""
+    """ "gpu" (CUDA) or "cpu"; other accelerators lack the fp64 that losses are summed in. `devices` are those here."""
     found = torch.cuda.device_count()
     if asked == "gpu" and found == 0:
         raise InputError("training.accelerator is gpu but torch sees none; use cpu or auto")
     accelerator = "gpu" if found and asked != "cpu" else "cpu"
     if accelerator == "gpu" and devices > found:
-        raise InputError(f"training.devices is {devices} but torch sees {found} GPU(s)")
+        raise InputError(f"training.devices asks for {devices} here but torch sees {found} GPU(s)")
     return accelerator
 
 
@@ -72,29 +83,44 @@ def belongs_to(stored: Any, module: TextModule) -> bool:
     return shapes == {name: getattr(value, "shape", None) for name, value in stored["state_dict"].items()}
 
 
-def one_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or not; torch has several ways to say so."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(said in text for said in ("can't allocate memory", "out of memory"))
+    )
+
+
+def other_process_ended(error: BaseException) -> bool:
+    """Whether this is what is left of a run of several processes when another one of them has ended."""
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _PEER_GONE)
+
+
+def failure(error: BaseException) -> str:
+    """The reason in the outcome of a failed run, one line."""
+    line = f"{type(error).__name__}: {(str(error).strip().splitlines() or [type(error).__name__])[0][:200]}"
+    return f"{OUT_OF_MEMORY}: {line}" if is_out_of_memory(error) else line
 
 
 def explain(error: BaseException, record: RunRecord | None, config: RunConfig) -> str | None:
     """One line for what the user can mend; None for what is a bug, or already one line."""
     again = "run the same command again to go on from the last checkpoint"
-    out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-    if out_of_memory:
+    if is_out_of_memory(error):
         batch_size, model = config.data.batch_size, config.model
         size = (
             "the sizes of model.overrides"
             if isinstance(model, HuggingFaceConfig)
             else f"model.width (now {model.width})"
         )
-        return f"out of memory; lower data.batch_size (now {batch_size}), {size} or data.length"
+        return f"{OUT_OF_MEMORY}; lower data.batch_size (now {batch_size}), {size} or data.length"
     if record is None:
         return None
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, RuntimeError) and "No space left" in str(error)):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk of {record.folder} is full; free some space, then {again}"
     if isinstance(error, OSError):
-        return f"cannot write {record.folder}: {error.strerror or error}; mend that, then {again}"
+        return f"cannot write {error.filename or record.folder}: {error.strerror or error}; mend that, then {again}"
+    if other_process_ended(error):
+        return f"another process of this run has ended; {again}"
     return None

@@ -19,7 +19,7 @@ from normlab.norms.recompute import StatisticsGap, recompute_statistics, stores_
 from normlab.records.record import RunRecord
 from normlab.training.datamodule import TextDataModule
 from normlab.training.module import TextModule
-from normlab.training.reading import read_checkpoint
+from normlab.training.reading import MEND_BEST
 from normlab.training.stopping import Checkpoints
 
 __all__ = ["evaluate_best", "reestimate"]
@@ -53,12 +53,10 @@ def evaluate_best(
         say: takes one line for the user.
     """
     if checkpoints.best_step != trainer.global_step:
-        mend = "train anew with --output.fresh true"
-        best = read_checkpoint(checkpoints.best, mend)
         try:
-            module.load_state_dict(best["state_dict"])
+            module.load_state_dict(checkpoints.load_best()["state_dict"])
         except RuntimeError:  # a run that was resumed may find another file than it wrote
-            raise InputError(f"{checkpoints.best} is not a checkpoint of this run; {mend}") from None
+            raise InputError(f"{checkpoints.best} is not a checkpoint of this run; {MEND_BEST}") from None
     best_step = checkpoints.best_step
     if saw_all:
         best_row = [row for row in record.metrics() if row["step"] == best_step and "valid_loss_nats" in row][-1]

@@ -75,7 +75,8 @@ class TextModule(pl.LightningModule):
         self._micro_losses: list[Tensor] = []
         self._micro_penalties: list[Tensor] = []
         self._has_penalties = True  # until the first training batch shows that no norm gives any
-        self.nats = MeanMetric().set_dtype(torch.float64)
+        # Left to itself the metric drops what is no number, and a split with one lost batch would have a fine loss.
+        self.nats = MeanMetric(nan_strategy=float("inf")).set_dtype(torch.float64)
         self.accuracy = MeanMetric().set_dtype(torch.float64)
 
     def outputs(self, batch: Batch) -> ModelOutput:

@@ -15,13 +15,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from normlab.config import HuggingFaceConfig, InputError, RunConfig, run_id
 from normlab.data.corpora import require_corpus
 from normlab.data.prepared import PreparedText, prepare
 from normlab.machine import products
+from normlab.machine.processes import Place, ProcessError, place_in_run
 from normlab.machine.terminal import PlainConsole
 from normlab.models.huggingface import require_architecture
 from normlab.records.environment import collect_environment
@@ -44,19 +49,21 @@ from normlab.training.facts import (
 from normlab.training.faults import (
     belongs_to,
     explain,
-    one_line,
+    failure,
+    other_process_ended,
     require_accelerator,
     require_rows,
     require_same_text,
 )
 from normlab.training.final import evaluate_best
 from normlab.training.module import TextModule
-from normlab.training.reading import read_checkpoint
+from normlab.training.reading import CheckpointError, read_checkpoint
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals
 from normlab.training.stopwatch import Stopwatch
 from normlab.training.watching import Activations, ProgressBar, Recorder
+from normlab.training.writing import PlainFiles
 
-__all__ = ["is_first_process", "train"]
+__all__ = ["train"]
 
 
 def train(config: RunConfig, *, pause_at: int | None = None) -> RunRecord:
@@ -72,24 +79,25 @@ def train(config: RunConfig, *, pause_at: int | None = None) -> RunRecord:
     Raises:
         InputError: the config asks for something that cannot be done; one line says what and how to mend it.
     """
+    place = place_in_run(config.training.devices)
     require_corpus(config.data)
     if isinstance(config.model, HuggingFaceConfig):
         require_architecture(config.model)  # before the text is prepared
-    first = is_first_process()
-    console = PlainConsole(quiet=not first)
+    rank_zero_only.rank = place.rank  # Lightning takes it from the environment, where it may be that of a batch job
+    console = PlainConsole(quiet=not place.is_first)
     text = prepare(config.data)
     name = run_id(config)
-    if first and name in record_ids(config.output.runs_dir):
+    if name in record_ids(config.output.runs_dir):
         existing = RunRecord(Path(config.output.runs_dir) / name, config)
-        if config.output.fresh:
-            existing.archive()
-        else:
+        if not config.output.fresh:
             require_same_text(existing, text)
             if existing.outcome().state in ("finished", "diverged"):
                 console.print(f"this run has ended already{_older(existing)}; --output.fresh true trains it again")
                 return existing
+        elif place.is_first:
+            existing.archive()
     pl.seed_everything(config.seed, verbose=False)
-    _set_threads(config.training.threads, config.training.devices)
+    _set_threads(config.training.threads, place.local_world)
     try:
         module = TextModule(config, text)
     except (MemoryError, RuntimeError) as error:
@@ -98,28 +106,37 @@ def train(config: RunConfig, *, pause_at: int | None = None) -> RunRecord:
             raise
         raise InputError(message) from error
     datamodule = TextDataModule(config.data, config.seed, text)
-    accelerator = require_accelerator(config.training.accelerator, config.training.devices)
+    accelerator = require_accelerator(config.training.accelerator, place.local_world)
     batch_size = datamodule.train_dataloader().batch_size
     require_rows(module, batch_size, config)
-    record = RunRecord.create(config)
-    if first:
-        record.start()
+    record = RunRecord(Path(config.output.runs_dir) / name, config)
+    if place.is_first:
+        try:
+            record = RunRecord.create(config)
+            record.start()
+        except OSError as error:
+            raise InputError(explain(error, record, config)) from error
     run = None
     try:
-        run = _Run(config, text, datamodule, module, record, console, first, accelerator, batch_size, pause_at)
+        run = _Run(config, text, datamodule, module, record, console, place, accelerator, batch_size, pause_at)
         outcome = run.train()
-        if first:
+        if place.is_first:
             record.finish(outcome)
     except BaseException as error:  # whatever ends a run is recorded, and raised again
         if isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt):
             error = error.__context__  # Lightning exits on Ctrl-C; how to exit is the caller's to say
-        if first:
+        if place.is_first:
             _finish_quietly(record, _failed(error, run))
         if run is not None:
+            run.end_others()
             run.mirror.finish(1)
+        if not place.is_first and other_process_ended(error):
+            raise SystemExit(2) from error  # the first one to end has said why
         message = explain(error, record, config)
         if message is None:
             raise error from None
+        if not place.is_first:
+            raise ProcessError(f"process {place.rank}: {message}") from error
         raise InputError(message) from error
     run.mirror.summary({"outcome": outcome.state, **outcome.results})
     run.mirror.finish(0)
@@ -128,21 +145,29 @@ def train(config: RunConfig, *, pause_at: int | None = None) -> RunRecord:
     return record
 
 
-def is_first_process() -> bool:
-    """Whether this is the process that writes the record: Lightning and torchrun number theirs in the environment."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
-
-
-def _set_threads(threads: int, devices: int) -> None:
-    """Threads of this process; 0 leaves them, or gives each of several processes its share.
+def _set_threads(threads: int, processes: int) -> None:
+    """Threads of this process; 0 leaves them, or gives each of several processes on this node its share.
 
     Now, and not by Lightning when the processes start: the products that are recorded are those of a number of threads.
     """
-    if devices > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = threads or max(1, (os.cpu_count() or 1) // devices)
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
+        threads = threads or max(1, (os.cpu_count() or 1) // processes)
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if threads:
         torch.set_num_threads(threads)
+
+
+def _cluster(place: Place) -> ClusterEnvironment:
+    """What Lightning is to know of the other processes: never more than was asked for.
+
+    Left to itself it takes any process inside a batch job for a task of a parallel program.
+    """
+    if place.by == "torchrun":
+        return TorchElasticEnvironment()
+    if place.by == "srun":
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(place.local_world))  # it asks for that flag
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()
 
 
 @dataclass
@@ -155,7 +180,7 @@ class _Run:
     module: TextModule
     record: RunRecord
     console: PlainConsole
-    first: bool
+    place: Place
     accelerator: str
     batch_size: int
     pause_at: int | None
@@ -163,7 +188,7 @@ class _Run:
     def __post_init__(self) -> None:
         training = self.config.training
         self.stopwatch = Stopwatch()
-        self.signals = StopSignals(training.valid_every, self.pause_at)
+        self.signals = StopSignals(training.valid_every, self.pause_at, speaks=self.place.is_first)
         self.guard = DivergenceGuard(training.divergence_nats)
         self.checkpoints = Checkpoints(
             self.record.checkpoints, training.checkpoint_every, training.valid_every, self.stopwatch
@@ -177,8 +202,10 @@ class _Run:
                 max_steps=training.steps,
                 max_epochs=-1,
                 accelerator=self.accelerator,
-                devices=devices,
+                devices=self.place.local_world,
+                num_nodes=self.place.nodes,
                 strategy=strategy,
+                plugins=[_cluster(self.place), PlainFiles()],
                 precision="bf16-mixed" if training.precision == "bf16" else "32-true",
                 accumulate_grad_batches=training.accumulate,
                 check_val_every_n_epoch=None,
@@ -191,12 +218,15 @@ class _Run:
                 use_distributed_sampler=False,
                 default_root_dir=self.record.folder,
             )
+        # StopSignals does what is to be done. Lightning's handler speaks to the other processes from within a signal,
+        # whatever they are speaking of at that moment.
+        self.trainer._signal_connector.register_signal_handlers = lambda: None
         self.datamodule.trainer = self.trainer
         if self.accelerator == "gpu":
             torch.cuda.reset_peak_memory_stats()
-        output = self.config.output if self.first else dataclasses.replace(self.config.output, wandb="off")
+        output = self.config.output if self.place.is_first else dataclasses.replace(self.config.output, wandb="off")
         self.mirror = WandbMirror.start(dataclasses.replace(self.config, output=output), self.record.folder, self._say)
-        self.recorder = Recorder(self.record if self.first else None, self.mirror, self.stopwatch)
+        self.recorder = Recorder(self.record if self.place.is_first else None, self.mirror, self.stopwatch)
 
     @property
     def step(self) -> int:
@@ -207,32 +237,41 @@ class _Run:
 
     def train(self) -> Outcome:
         """Fit, then evaluate the weights with the best validation loss."""
+        resume = self._resume_path()
         # A run that goes on keeps the products and the engine it began with, whatever this machine's are by now.
-        begun = self.record.environment() if self.checkpoints.last.exists() else {}
+        begun = self.record.environment() if resume else {}
         begun_with = bool(begun.get("kernels")) if begun else None
         with (
             products.kept(begun.get("products", {}).get("onednn")),
             one_engine(self.module, self.trainer, begun_with) as on_kernels,
         ):
-            return self._train(on_kernels)
+            outcome = self._train(on_kernels, resume)
+        if self.place.is_first and outcome.state != "interrupted":
+            self.checkpoints.previous.unlink(missing_ok=True)
+        return outcome
 
-    def _train(self, on_kernels: bool | None) -> Outcome:
-        if self.first:
+    def end_others(self) -> None:
+        """End the processes that Lightning started from this one, which has failed or was stopped at once."""
+        others = getattr(self.trainer.strategy.launcher, "procs", [])
+        for process in others:
+            process.kill()
+        for process in others:
+            process.wait()
+        others.clear()  # Lightning watches this list, and kills this process too once it sees that one has ended
+
+    def _train(self, on_kernels: bool | None, resume: Path | None) -> Outcome:
+        if self.place.is_first:
             self._write_environment(on_kernels)
             self.text.tokenizer.save(self.record.tokenizer_path)
         self._add_callbacks()
-        resume = self._resume_path()
         with _quiet_lightning(), self.signals:
-            try:
-                self.trainer.fit(
-                    self.module,
-                    self._whole_run(),
-                    self.datamodule.val_part_dataloader(self.config.training.valid_batches),
-                    ckpt_path=resume,
-                    weights_only=True,
-                )
-            except SIGTERMException:
-                self.signals.received = signal.SIGTERM
+            self.trainer.fit(
+                self.module,
+                self._whole_run(),
+                self.datamodule.val_part_dataloader(self.config.training.valid_batches),
+                ckpt_path=resume,
+                weights_only=True,
+            )
             if self.guard.diverged:
                 return self._outcome("diverged", self.guard.reason, self._results(evaluated={}))
             if self.signals.received is None and self.signals.is_paused:
@@ -254,29 +293,44 @@ class _Run:
             self.guard,
             self.recorder,
             Activations(self.recorder, batch, training.activations_every),
-            ProgressBar(PlainConsole(quiet=not (self.first and self.config.output.progress)), self.stopwatch),
+            ProgressBar(PlainConsole(quiet=not (self.place.is_first and self.config.output.progress)), self.stopwatch),
         ]
         if training.early_stop:
             callbacks.append(EarlyStopping("valid_loss_nats", patience=training.early_stop, check_finite=False))
         # Last, so that a checkpoint holds the state of all others.
         self.trainer.callbacks.extend([*callbacks, self.checkpoints])  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _resume_path(self) -> str | None:
-        """`last.ckpt` if there is one, with the record rewound to it."""
-        path = self.checkpoints.last
-        if not path.exists():
-            if self.first:
-                self.record.rewind(-1)
-            return None
-        mend = "delete it, or train anew with --output.fresh true"
-        stored = read_checkpoint(path, mend)
-        if not belongs_to(stored, self.module):
-            raise InputError(f"{path} is not a checkpoint of this run to resume from; {mend}")
-        step = stored["global_step"]
-        if self.first:
-            self.record.rewind(step)
-        self._say(f"going on from step {step} of {self.record.folder}")
-        return str(path)
+    def _resume_path(self) -> Path | None:
+        """The newest whole checkpoint, if there is any, with the record rewound to it."""
+        if self.config.output.fresh and not self.place.is_first:
+            return None  # what may still be there is about to be moved aside
+        damaged: list[str] = []
+        for path in (self.checkpoints.last, self.checkpoints.previous):
+            try:
+                stored = read_checkpoint(path, "")
+            except FileNotFoundError:
+                continue
+            except CheckpointError as error:
+                damaged.append(f"cannot read the checkpoint {path} ({error.why})")
+                continue
+            if not belongs_to(stored, self.module):
+                damaged.append(f"{path} is not a checkpoint of this run to resume from")
+                continue
+            step = stored["global_step"]
+            if self.place.is_first:
+                self.record.rewind(step)
+            if damaged:
+                self.checkpoints.last_is_damaged = True
+                self._say(f"warning: {damaged[0]}; taking the one before it")
+            self._say(f"going on from step {step} of {self.record.folder}")
+            return path
+        if damaged:
+            raise InputError(
+                f"{' and '.join(damaged)}; delete what is in {self.checkpoints.folder} to train from the beginning"
+            )
+        if self.place.is_first:
+            self.record.rewind(-1)
+        return None
 
     def _evaluate(self) -> dict[str, float]:
         return evaluate_best(
@@ -346,8 +400,9 @@ class _Run:
             self._say(leak_warning(self.module))
         before = self.record.environment()
         if before:
-            kept = ("machine", "versions", "git")
-            environment["begun_with"] = before.get("begun_with", {name: before[name] for name in kept})
+            kept = ("machine", "versions", "git", "threads")
+            begun_with = {name: before[name] for name in kept if name in before}
+            environment["begun_with"] = before.get("begun_with", begun_with)
         if "stacked" in before:
             environment["stacked"] = before["stacked"]
         self.record.write_environment(environment)
@@ -381,8 +436,9 @@ def _quiet_lightning() -> Iterator[None]:
 def _failed(error: BaseException, run: _Run | None) -> Outcome:
     step, seconds = (0, 0.0) if run is None else (run.step, run.stopwatch.seconds)
     if isinstance(error, KeyboardInterrupt | SystemExit):
-        return Outcome("interrupted", "stopped at once", step, seconds)
-    return Outcome("failed", f"{type(error).__name__}: {one_line(error)}", step, seconds)
+        is_term = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
+        return Outcome("interrupted", "SIGTERM" if is_term else "stopped at once", step, seconds)
+    return Outcome("failed", failure(error), step, seconds)
 
 
 def _finish_quietly(record: RunRecord, outcome: Outcome) -> None:

@@ -32,7 +32,7 @@ from normlab.records.record import Outcome, RunRecord
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.training.datamodule import TextDataModule, WholeRun
 from normlab.training.facts import run_facts
-from normlab.training.faults import belongs_to, one_line, require_accelerator, require_same_text
+from normlab.training.faults import belongs_to, failure, require_accelerator, require_same_text
 from normlab.training.module import TextModule
 from normlab.training.optim import rate_factor
 from normlab.training.reading import read_checkpoint
@@ -42,6 +42,7 @@ from normlab.training.stacked_model import StackedModel, StepNumbers
 from normlab.training.stopping import Checkpoints, DivergenceGuard, StopSignals, is_validation_due
 from normlab.training.stopwatch import Stopwatch
 from normlab.training.watching import LINE_SECONDS, Activations, Recorder
+from normlab.training.writing import write_checkpoint
 
 __all__ = ["advance_stacked", "train_stacked"]
 
@@ -128,7 +129,7 @@ def _advance(text: PreparedText, alike: Sequence[tuple[RunRecord, dict[str, Any]
         runs = [run for run in runs if belongs_to(run.stored, run.module)]
         return len(runs) < 2 or _Stack(text, runs, clock).train()
     except RuntimeError as error:  # out of memory, or an operator that knows no run axis
-        print(f"the stack failed, its runs go on one by one: {one_line(error)}", file=sys.stderr)
+        print(f"the stack failed, its runs go on one by one: {failure(error)}", file=sys.stderr)
         return True
     finally:
         for run in runs:
@@ -222,11 +223,16 @@ class _Run:
         self.module.load_state_dict(stored["state_dict"])
         self.loader.load_state_dict(_loops(stored)["state_dict"]["combined_loader"][0])
         self.batches = iter(self.loader)
-        for callback in (self.recorder, self.checkpoints):
+        for callback in self._remembering():
             callback.load_state_dict(stored["callbacks"][callback.state_key])
         self.record.rewind(self.step)
         trainer = cast(pl.Trainer, self.trainer)
         self.recorder.on_train_start(trainer, self.module)
+
+    def _remembering(self) -> list[pl.Callback]:
+        """Callbacks with a state in the checkpoint."""
+        every = (self.guard, self.recorder, self.activations, self.checkpoints)
+        return [callback for callback in every if callback.state_key in self.stored["callbacks"]]
 
     def rate(self, step: int) -> float:
         """Learning rate after `step` steps."""
@@ -256,6 +262,8 @@ class _Run:
         """Write how the run ended, or that it is to go on, and give the record free."""
         pending = Outcome("interrupted", "trained in a stack; to be gone on with", self.step, self.seconds.seconds)
         try:
+            if self.outcome is not None and self.outcome.state == "diverged":
+                self.checkpoints.previous.unlink(missing_ok=True)  # of use to a run that goes on
             self.record.finish(self.outcome or pending)
         except OSError:
             self.record.release()  # the disk is full or gone: a reader finds "running" without a process, so "killed"
@@ -288,7 +296,7 @@ class _Run:
             for part in ("callbacks", "optimizer_states", "lr_schedulers"):
                 stored.pop(part, None)
         else:
-            for callback in (self.recorder, self.checkpoints):
+            for callback in self._remembering():
                 stored["callbacks"][callback.state_key] = callback.state_dict()
             rate = self.rate(step)
             (optimizer,), (scheduler,) = stored["optimizer_states"], stored["lr_schedulers"]
@@ -296,7 +304,7 @@ class _Run:
             for group in optimizer["param_groups"]:
                 group["lr"] = rate
             scheduler |= {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate] * len(scheduler["_last_lr"])}
-        torch.save(stored, path)
+        write_checkpoint(stored, path)
 
 
 def _loops(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -332,6 +340,7 @@ class _Stack:
         first, said = self.runs[0], time.monotonic()
         print(f"{len(self.runs)} runs in one stack from step {first.step} on, {first.record.id} and others", flush=True)
         with self.signals:
+            self.signals.setup(cast(pl.Trainer, first.trainer), first.module, "fit")
             self.clock.start()
             while self.runs and self.runs[0].step < self.training.steps:
                 if self._step():

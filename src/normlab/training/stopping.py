@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +15,17 @@ import torch
 from pytorch_lightning.callbacks import Checkpoint
 
 from normlab.training.module import TextModule
-from normlab.training.reading import read_checkpoint
+from normlab.training.reading import read_best
 from normlab.training.stopwatch import Stopwatch
+from normlab.training.writing import write_checkpoint
 
 __all__ = ["Checkpoints", "DivergenceGuard", "StopSignals"]
 
 CHECK_EVERY = 10
 """Optimizer steps between looks at the loss: each look waits for the device."""
+
+ONE_CTRL_C_SECONDS = 1.0
+"""torchrun passes Ctrl-C on to processes that have it from the terminal already: within this time it is one."""
 
 
 def is_validation_due(trainer: pl.Trainer, every: int) -> bool:
@@ -32,10 +36,14 @@ def is_validation_due(trainer: pl.Trainer, every: int) -> bool:
 class StopSignals(pl.Callback):
     """Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint; a second Ctrl-C ends it at once.
 
+    As a context it gives the signals back at the end. They are taken once all processes of the run are there: until
+    then there is nothing to save, and a process that waits for the others must be free to end.
+
     Args:
         valid_every: optimizer steps between validations; one that is due is still done, because a resumed run would
             not go back to it.
         pause_at: a step at which the run ends as if a signal had come.
+        speaks: whether this process says that it is stopping.
 
     Attributes:
         received: the signal's number, or None.
@@ -43,29 +51,39 @@ class StopSignals(pl.Callback):
         at_once: the training is over, so that there is no step to wait for.
     """
 
-    def __init__(self, valid_every: int, pause_at: int | None = None) -> None:
+    def __init__(self, valid_every: int, pause_at: int | None = None, *, speaks: bool = True) -> None:
         self.valid_every = valid_every
         self.pause_at = pause_at
         self.is_paused = False
+        self.speaks = speaks
         self.received: int | None = None
         self.at_once = False
+        self._received_at = 0.0
         self._step = -1
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        if not self._previous:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.at_once or (self.received is not None and number == signal.SIGINT):
+        again = self.received is not None and time.monotonic() - self._received_at > ONE_CTRL_C_SECONDS
+        if number == signal.SIGINT and (self.at_once or again):
             raise KeyboardInterrupt
-        self.received = number
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+        if self.at_once:
+            raise SystemExit(128 + number)
+        if self.received is None:
+            self.received, self._received_at = number, time.monotonic()
+            if self.speaks:
+                print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step, before = trainer.global_step, self._step
@@ -83,9 +101,7 @@ class StopSignals(pl.Callback):
     def _is_received(self, trainer: pl.Trainer) -> bool:
         if trainer.world_size == 1:
             return self.received is not None
-        # Processes must stop at the same step; asking each other takes time, so not at every one.
-        if trainer.global_step % CHECK_EVERY:
-            return False
+        # Processes must stop at the same step. They wait for each other at every step as it is.
         received = trainer.strategy.reduce_boolean_decision(self.received is not None, all=False)
         if received and self.received is None:
             self.received = signal.SIGTERM
@@ -104,6 +120,14 @@ class DivergenceGuard(pl.Callback):
         self.reason = ""
         self._worst: torch.Tensor | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        # A loss since the last look counts after a resume too.
+        return {"worst": None if self._worst is None else float(self._worst)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        worst = state_dict["worst"]
+        self._worst = None if worst is None else torch.tensor(worst)
+
     @property
     def diverged(self) -> bool:
         return bool(self.reason)
@@ -111,7 +135,7 @@ class DivergenceGuard(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
         loss = cast(TextModule, module).last_loss_nats
         # maximum keeps a NaN, so no step between two looks is missed
-        self._worst = loss if self._worst is None else torch.maximum(self._worst, loss)
+        self._worst = loss if self._worst is None else torch.maximum(self._worst.to(loss.device), loss)
         if trainer.global_step % CHECK_EVERY == 0 or trainer.global_step >= trainer.max_steps:
             self._look(trainer, float(self._worst), "training")
             self._worst = None
@@ -144,7 +168,12 @@ class Checkpoints(Checkpoint):
 
     A checkpoint that falls on a validation step is written after the validation, so that a resumed run never
     misses a validation and the choice of the best one is the same as in an uninterrupted run. A checkpoint is written
-    beside the one before and then takes its place, so that a kill or a full disk leaves the one before.
+    beside the one before and then takes its place, so that a kill or a full disk leaves the one before. That one stays
+    as `previous.ckpt` until the run has ended, for the case that the last one is found damaged.
+
+    `best.ckpt` may be of a later step than the checkpoint that a run goes on from. It does not matter: the validations
+    since then are done again with the same results, and write it again or, as before, do not. Where results are not
+    the same each time, and it does matter, `load_best` refuses.
 
     Args:
         folder: where they go.
@@ -161,10 +190,15 @@ class Checkpoints(Checkpoint):
         self.best_loss_nats = float("inf")
         self.best_step = -1
         self.saved_step = -1
+        self.last_is_damaged = False
 
     @property
     def last(self) -> Path:
         return self.folder / "last.ckpt"
+
+    @property
+    def previous(self) -> Path:
+        return self.folder / "previous.ckpt"
 
     @property
     def best(self) -> Path:
@@ -200,14 +234,18 @@ class Checkpoints(Checkpoint):
         self._save(trainer, self.last, weights_only=False)
         self.saved_step = trainer.global_step
 
+    def load_best(self) -> dict[str, Any]:
+        """What `best.ckpt` holds; an `InputError` if it is damaged, or not that of the best step."""
+        return read_best(self.best, self.best_step)
+
     def save_final(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write `final.ckpt`: `best.ckpt` with the values that `module`, which had them from there, has by now."""
 
         def write(path: Path) -> None:
             if trainer.is_global_zero:
-                stored = read_checkpoint(self.best, "train anew with --output.fresh true")
+                stored = self.load_best()
                 stored["state_dict"] = {name: value.cpu() for name, value in module.state_dict().items()}
-                torch.save(stored, path)
+                write_checkpoint(stored, path)
 
         self._replace(trainer, self.final, write)
 
@@ -219,7 +257,8 @@ class Checkpoints(Checkpoint):
             beside = path.with_name(f".{path.name}.tmp")
             write(beside)
             if trainer.is_global_zero:
-                with beside.open("rb") as file:
-                    os.fsync(file.fileno())
+                if path == self.last and path.exists() and not self.last_is_damaged:
+                    path.replace(self.previous)
                 beside.replace(path)
+            self.last_is_damaged = self.last_is_damaged and path != self.last
             trainer.strategy.barrier()

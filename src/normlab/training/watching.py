@@ -85,6 +85,10 @@ class Recorder(pl.Callback):
             for name in ("train_loss_nats", "penalty_nats", "gradient_norm", "learning_rate")
             if name in trainer.callback_metrics
         }
+        if trainer.world_size > 1:  # of the joined batch, as the gradient is already
+            metrics["train_loss_nats"] = float(
+                trainer.strategy.reduce(trainer.callback_metrics["train_loss_nats"].clone())
+            )
         seconds = self.stopwatch.seconds
         metrics["tokens_per_second"] = (self.tokens - self._row_tokens) / max(seconds - self._row_seconds, 1e-9)
         self._row_seconds, self._row_tokens, self._row_step = seconds, self.tokens, step
