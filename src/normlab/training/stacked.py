@@ -371,13 +371,16 @@ class _Stack:
         return stopping
 
     def _validate(self) -> None:
-        totals = torch.zeros(3, len(self.runs), dtype=torch.float64, device=self.model.device)
+        totals = torch.zeros(4, len(self.runs), dtype=torch.float64, device=self.model.device)
         for batch in self.valid:
-            totals += torch.stack([value.double() for value in self.model.evaluate(batch)])
-        nats, predictions, correct = totals.cpu()
+            nats, predictions, correct = self.model.evaluate(batch)
+            # The mean of a run by itself, torchmetrics' MeanMetric, leaves out a batch whose loss is NaN.
+            counted = predictions.where(~nats.isnan(), 0)
+            totals += torch.stack([nats.where(counted > 0, 0), counted, correct, predictions])
+        nats, counted, correct, predictions = totals.cpu()
         for place, run in enumerate(self.runs):
             if not run.guard.diverged:
-                loss, accuracy = float(nats[place] / predictions[place]), float(correct[place] / predictions[place])
+                loss, accuracy = float(nats[place] / counted[place]), float(correct[place] / predictions[place])
                 run.after_validation(run.module.evaluation_metrics(loss, accuracy))
 
     def _drop_diverged(self) -> None:
