@@ -253,7 +253,7 @@ def test_what_has_no_run_axis_is_trained_one_by_one(
     records = train_stacked([at(config, seed, 1e-3) for seed in (1, 2)])
     assert [record.outcome().state for record in records] == ["finished", "finished"]
     said = capsys.readouterr().err
-    assert "the stack failed, its runs go on one by one: vmap: no rule for this operator\n" in said
+    assert "the stack failed, its runs go on one by one: RuntimeError: vmap: no rule for this operator\n" in said
     assert stacked_gain.measure_gain([at(config, seed, 1e-3) for seed in (1, 2)]) == 0.0
 
 

@@ -220,7 +220,7 @@ class _Run:
     def begin(self) -> None:
         """Go on from the checkpoint."""
         stored = self.stored
-        self.module.load_state_dict(stored["state_dict"])
+        self.module.load_state_dict(stored.pop("state_dict"))
         self.loader.load_state_dict(_loops(stored)["state_dict"]["combined_loader"][0])
         self.batches = iter(self.loader)
         for callback in self._remembering():
@@ -276,7 +276,7 @@ class _Run:
         """Write the checkpoint that Lightning would write here: the one that was read, brought forward."""
         assert self.stack is not None
         self._fetch_weights()
-        stored, step = copy.deepcopy({k: v for k, v in self.stored.items() if k != "state_dict"}), self.step
+        stored, step = copy.deepcopy(self.stored), self.step
         stored["global_step"] = step
         stored["state_dict"] = self.module.state_dict()
         loops = _loops(stored)
@@ -322,7 +322,7 @@ class _Stack:
         for run in runs:
             run.begin()
         self.model = StackedModel([run.module.model for run in runs], config.optim, text)
-        self.model.load_optimizer_states([run.stored["optimizer_states"][0]["state"] for run in runs])
+        self.model.load_optimizer_states([run.stored["optimizer_states"][0].pop("state") for run in runs])
         data = TextDataModule(config.data, config.seed, text)
         self.valid = data.val_part_dataloader(self.training.valid_batches)  # the same for every seed
         self.signals = StopSignals(self.training.valid_every)
