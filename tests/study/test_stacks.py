@@ -134,12 +134,12 @@ def test_a_claim_about_seconds_has_its_runs_trained_alone(tiny_text: Path, tmp_p
     run(study, Engine(2), 0)
     both = Study([*study.claims, timed], "small", output, tmp_path / "results")
     assert both.state(timed).ready == [], "runs that were trained alone will do"
-    for path in Path(output.runs_dir).glob("*-s13-*/config.yaml"):
+    for path in Path(output.runs_dir).glob("*-s1[34]-*/config.yaml"):
         RunRecord.open(path.parent).write_environment({"stacked": {"runs": 8}})
     both = Study([*study.claims, timed], "small", output, tmp_path / "results")
-    assert [found.config.seed for found in both.state(timed).ready] == [13, 13]
+    assert [found.config.seed for found in both.state(timed).ready] == [13, 14, 13, 14]
     assert both.state(study.claims[0]).ready == []
-    assert [(job.alone, job.is_trained()) for job in both.jobs([both.state(timed)])] == [(True, False)] * 2
+    assert [(job.alone, job.is_trained()) for job in both.jobs([both.state(timed)])] == [(True, False)] * 4
     engine = Engine(1)
     running._Runner(both, Console(file=StringIO()), 0)._fill(engine, [both.state(claim) for claim in both.claims])
     assert [(job.config.seed, job.alone, job.stack) for job in engine.jobs] == [(13, True, "never")]
