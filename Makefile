@@ -43,7 +43,7 @@ help: ## print this help
 	@echo "  variables of make study:"
 	@echo "    CLAIM   an argument's id or the beginning of it, the letter of a section, or all"
 	@echo "    SCALE   small (CPU, minutes) or full (one GPU)"
-	@echo "    WHERE   local (processes on this machine)"
+	@echo "    WHERE   local (processes on this machine) or slurm (jobs of a cluster: docs/running.md)"
 	@echo "    STACK   runs trained as one model: 1 never, a number up to so many; else several where that is faster"
 	@echo
 	@echo "  make train NORM=ln MODEL=lstm DATA=ptb_char SEED=3"

@@ -206,8 +206,15 @@ def _study(arguments: list[str]) -> int:
         "--scale", type=Literal["small", "full"], default="small", help="small (CPU, minutes) or full (one GPU)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the runs instead")
-    parser.add_argument("--where", type=Literal["local"], default="local", help="local: processes on this machine")
-    parser.add_argument("--workers", type=int, default=0, help="runs at once, at most; 0 takes one per core")
+    parser.add_argument(
+        "--where",
+        type=Literal["local", "slurm"],
+        default="local",
+        help="local (processes on this machine) or slurm (jobs of a cluster: docs/running.md)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=0, help="runs at once, at most, with slurm in each job; 0 takes one per core"
+    )
     parser.add_argument("--runs-per-gpu", type=int, default=0, help="at scale full; 0 has it measured")
     parser.add_argument(
         "--stack", type=int, default=0, help="runs trained as one model; 0: several where that is faster, 1: never"
@@ -215,14 +222,17 @@ def _study(arguments: list[str]) -> int:
     parser.add_argument("--wandb", type=Literal["auto", "online", "offline", "off"], default="off", help="as of train")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     parser.add_argument("--results_dir", type=str, default="results", help="folder of the tables")
+    from normlab.execution.engine import ExecutionOptions, SlurmOptions
+
+    parser.add_class_arguments(SlurmOptions, "slurm")
     options = _parse(parser, arguments)
-    from normlab.execution.engine import ExecutionOptions
     from normlab.study.command import study
 
     output = OutputConfig(runs_dir=options.runs_dir, wandb=options.wandb, progress=False)
-    execution = ExecutionOptions(
-        where=options.where, workers=options.workers, runs_per_gpu=options.runs_per_gpu, stack=options.stack
-    )
+    values = options.slurm.as_dict()
+    values.pop("__path__", None)  # of a file given as --slurm
+    slurm = SlurmOptions(**values)
+    execution = ExecutionOptions(options.where, options.workers, options.runs_per_gpu, slurm, options.stack)
     return study(options.claim, options.scale, output, Path(options.results_dir), execution, dry_run=options.dry_run)
 
 

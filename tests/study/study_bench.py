@@ -11,6 +11,7 @@ from tiny_study import local_workers, tiny_claim
 
 from normlab.claims.base import Claim
 from normlab.config import OutputConfig
+from normlab.execution.engine import Engine
 from normlab.study.plan import Study
 from normlab.study.running import run_study
 
@@ -26,11 +27,12 @@ class Bench:
         output = OutputConfig(runs_dir=str(self.runs), wandb="off", progress=False)
         return Study(claims or (tiny_claim(self.text),), "small", output, self.results)
 
-    def run(self, *claims: Claim, workers: int = 2) -> tuple[int, str]:
+    def run(self, *claims: Claim, workers: int = 2, engine: Engine | None = None) -> tuple[int, str]:
         """Incomplete arguments, and what was printed."""
         said = StringIO()
         console = Console(file=said, width=200)
-        code = run_study(self.study(*claims), local_workers(workers, self.runs, console.print), console)
+        engine = engine or local_workers(workers, self.runs, console.print)
+        code = run_study(self.study(*claims), engine, console)
         return code, said.getvalue()
 
     def order(self, **of_norm: str) -> None:

@@ -21,7 +21,11 @@ from tiny_study import DISCREPANCY, STEPS_TO_LN, TEST_LOSS, tiny_claim
 from normlab.claims.rows import read_rows
 from normlab.config import InputError
 from normlab.execution import local
+from normlab.execution.engine import Ended
+from normlab.execution.jobs import Job
+from normlab.execution.local import LocalWorkers
 from normlab.records.record import RunRecord
+from normlab.study.running import ATTEMPTS
 from normlab.study.showing import list_claims, print_plan, study_console
 
 
@@ -112,6 +116,37 @@ def test_a_worker_that_leaves_nothing_has_failed(bench: Bench):
     code, said = bench.run()
     assert code == 1
     assert said.count("it left no result") == 2
+
+
+class _Cluster(LocalWorkers):
+    """As an engine that knows of a job of another study, which fails, and and of machines that are taken away."""
+
+    def __init__(self, folder: Path, foreign: Job, often: int) -> None:
+        super().__init__(2, folder)
+        self.foreign, self.often = foreign, often
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [*super().jobs, self.foreign]
+
+    def ended(self) -> list[Ended]:
+        over = super().ended()
+        taken = [dataclasses.replace(each, again=True) for each in over if each.reason][: self.often]
+        self.often -= len(taken)
+        ids = {each.job.id for each in taken}
+        return [Ended(self.foreign, "it failed"), *taken, *(each for each in over if each.job.id not in ids)]
+
+
+def test_a_machine_that_is_taken_away_is_no_attempt_and_jobs_of_others_are_theirs(bench: Bench):
+    (claim,) = bench.study(tiny_claim(bench.text, rates=(1e-2,), seeds=(1, 2))).claims
+    bench.order(ln="fail")
+    foreign = Job(dataclasses.replace(claim.settings["tiny"].base["small"], seed=99))
+    code, said = bench.run(claim, engine=_Cluster(bench.runs / ".study", foreign, often=3))
+    assert code == 1
+    starts = Counter(job_id for job_id in bench.starts() if "-ln-" in job_id)
+    assert sum(starts.values()) == 2 * ATTEMPTS + 3
+    assert said.count("failed twice: ") == 2
+    assert foreign.id not in said
 
 
 def test_a_diverged_run_counts_as_worst_and_stays(bench: Bench):

@@ -29,6 +29,7 @@ __all__ = ["LocalWorkers", "Method"]
 Method = Literal["forkserver", "spawn"]
 
 WORKER = ("-m", "normlab.execution.worker")
+PRELOADED = ["normlab.execution.preloaded"]
 STOP_SECONDS = 60.0
 """How long a worker has to end its step and write a checkpoint before it is killed."""
 
@@ -77,6 +78,7 @@ class LocalWorkers:
         folder: for job files and logs of workers, by run id, and `needs.json`, what runs need.
         gpus: that workers use; none if they need none.
         runs_per_gpu: workers on each GPU; 0 has it measured.
+        cores: that they share; 0 takes all that this process may use.
         say: told in one line how many are together, and why, when that changes.
         method: of starting a process: forked from a server that has torch imported, or afresh.
     """
@@ -88,6 +90,7 @@ class LocalWorkers:
         *,
         gpus: Sequence[Gpu] = (),
         runs_per_gpu: int = 0,
+        cores: int = 0,
         say: Callable[[str], None] = print,
         method: Method = METHOD,
     ) -> None:
@@ -95,6 +98,7 @@ class LocalWorkers:
         self.folder = folder
         self.gpus = gpus
         self.runs_per_gpu = runs_per_gpu
+        self.cores = cores or available_cores()
         self._say = say
         self._method: Method = method
         self._sharing: Sharing | None = None
@@ -105,7 +109,7 @@ class LocalWorkers:
         path = self.folder / "needs.json"
         if self.gpus:
             needs = Needs(path, " + ".join(sorted({gpu.model for gpu in self.gpus})))
-            self._sharing = GpuSharing(self.gpus, self.runs_per_gpu, needs, available_cores(), self._say)
+            self._sharing = GpuSharing(self.gpus, self.runs_per_gpu, needs, self.cores, self._say)
         else:
             self._sharing = CoreSharing(self.size, Needs(path, "cores"), self._say)
         return self
@@ -182,9 +186,9 @@ class LocalWorkers:
         return [worker for worker in self._workers if worker.place == place]
 
     def _environment(self, place: int) -> dict[str, str]:
-        entries, cores = self.sharing.entries, available_cores()
+        entries = self.sharing.entries
         together = min(self.size, len(entries) * self.sharing.at_once()) if self.gpus else self.size
-        threads = str(max(1, cores // together))
+        threads = str(max(1, self.cores // together))
         entry = entries[place]
         visible = {} if entry is None else {"CUDA_VISIBLE_DEVICES": entry}
         return {**SERVER_ENVIRONMENT, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **visible}
@@ -210,7 +214,7 @@ def _start(paths: Sequence[Path], log: Path, changes: Mapping[str, str], method:
     arguments = (WORKER, [str(path) for path in paths], str(log), os.getcwd(), environment)
     if method == "forkserver":
         forked = multiprocessing.get_context("forkserver")
-        forked.set_forkserver_preload(["normlab.execution.preloaded"])
+        forked.set_forkserver_preload(PRELOADED)
         process, starts_with = forked.Process(target=_begin, args=arguments), SERVER_ENVIRONMENT
     else:
         process, starts_with = multiprocessing.get_context("spawn").Process(target=_begin, args=arguments), changes
@@ -231,6 +235,7 @@ def _begin(worker: Sequence[str], paths: Sequence[str], log: str, folder: str, e
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.setsid()  # Ctrl-C in the terminal is the parent's to pass on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # the server may have it blocked
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -9,7 +9,7 @@ import time
 import weakref
 from pathlib import Path
 
-__all__ = ["FolderLock"]
+__all__ = ["FolderLock", "has_locks"]
 
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -77,6 +77,20 @@ class FolderLock:
             return os.path.samestat(os.fstat(file), self.path.stat())
         except FileNotFoundError:
             return False
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether the file system that `folder` is on has locks at all."""
+    file = os.open(folder / ".locks", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+        return False
+    finally:
+        os.close(file)
+    return True
 
 
 def _lock_exclusively(file: int) -> bool:

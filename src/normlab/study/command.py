@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,9 +9,10 @@ from rich.console import Console
 from normlab.claims import available_claims, load_claim, select_claims
 from normlab.claims.base import SCALES, Scale
 from normlab.config import InputError, OutputConfig
-from normlab.execution.engine import ExecutionOptions
-from normlab.execution.gpus import Gpu, visible_gpus
+from normlab.execution.engine import Engine, ExecutionOptions
+from normlab.execution.gpus import visible_gpus
 from normlab.execution.local import LocalWorkers
+from normlab.execution.slurm import SlurmEngine
 from normlab.records.environment import available_cores
 from normlab.study.plan import Study
 from normlab.study.running import run_study
@@ -40,18 +40,25 @@ def study(
     if not claims:
         raise InputError(f"{wanted} is decided by computation alone: make exact")
     chosen = Study(claims, scale, output, results)
-    gpus = visible_gpus() if scale == "full" else []
+    engine, at_once = _engine(options, scale, Path(output.runs_dir) / ".study", console)
     if dry_run:
-        together = len(gpus) * max(1, options.runs_per_gpu) or (available_cores() if scale == "small" else 1)
-        print_plan(chosen, options.workers or together, console)
+        print_plan(chosen, at_once, console)
         return 0
-    engine = _local_workers(options, scale, gpus, output, console)
     return 1 if run_study(chosen, engine, console, options.stack) else 0
 
 
-def _local_workers(
-    options: ExecutionOptions, scale: Scale, gpus: Sequence[Gpu], output: OutputConfig, console: Console
-) -> LocalWorkers:
+def _engine(options: ExecutionOptions, scale: Scale, folder: Path, console: Console) -> tuple[Engine, int]:
+    """What does the runs, and how many of them at once at most, as far as is known."""
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    if options.where == "slurm":
+        slurm = options.slurm
+        in_a_job = min(options.workers or (1 if slurm.gres else slurm.cpus), slurm.runs_per_job)
+        at_once = min(slurm.max_queued, slurm.array_parallelism * in_a_job or slurm.max_queued)
+        return SlurmEngine(folder, slurm, options.workers, options.runs_per_gpu), at_once
+    gpus = visible_gpus() if scale == "full" else []
     if options.runs_per_gpu and not gpus:
         why = (
             "runs of scale small use none" if scale == "small" else "nvidia-smi and CUDA_VISIBLE_DEVICES name none here"
@@ -59,10 +66,6 @@ def _local_workers(
         raise InputError(f"runs-per-gpu is {options.runs_per_gpu}, but there is no GPU to share: {why}; leave it out")
     # Where nobody says which GPUs there are, one run at a time has what torch finds.
     size = available_cores() if scale == "small" or gpus else 1
-    return LocalWorkers(
-        options.workers or max(size, len(gpus) * max(1, options.runs_per_gpu)),
-        Path(output.runs_dir) / ".study",
-        gpus=gpus,
-        runs_per_gpu=options.runs_per_gpu,
-        say=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
-    )
+    workers = options.workers or max(size, len(gpus) * max(1, options.runs_per_gpu))
+    at_once = min(workers, len(gpus) * max(1, options.runs_per_gpu)) if gpus else workers
+    return LocalWorkers(workers, folder, gpus=gpus, runs_per_gpu=options.runs_per_gpu, say=say), at_once

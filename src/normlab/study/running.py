@@ -73,11 +73,14 @@ class _Runner:
         states, looked = self._look(), time.monotonic()
         while True:
             elsewhere = self._fill(engine, states)
-            display.show(states, engine.jobs, elsewhere)
-            if not engine.jobs and not elsewhere:
+            wanted = {run.id for state in states for run in state.missing} | self.attempts.keys()
+            busy = [job for job in engine.jobs if job.id in wanted]  # it may know of jobs of other studies
+            display.show(states, busy, elsewhere)
+            waits_for_room = not engine.free and any(state.missing for state in states)
+            if not busy and not elsewhere and not waits_for_room:
                 return
             time.sleep(POLL_SECONDS)
-            over = engine.ended()
+            over = [ended for ended in engine.ended() if ended.job.id in wanted]
             if over or (elsewhere and time.monotonic() - looked > ELSEWHERE_SECONDS):
                 states, looked = self._look(), time.monotonic()
             for ended in over:
