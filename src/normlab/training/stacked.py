@@ -31,7 +31,7 @@ from normlab.models.recurrent import Recurrent
 from normlab.records.record import Outcome, RunRecord
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.training.datamodule import TextDataModule, WholeRun
-from normlab.training.facts import run_facts
+from normlab.training.facts import prefix_norms, run_facts
 from normlab.training.faults import belongs_to, failure, require_accelerator, require_same_text
 from normlab.training.module import TextModule
 from normlab.training.optim import rate_factor
@@ -335,6 +335,8 @@ class _Stack:
             fact: dict[str, Any] = {"runs": len(runs), "place": place, "from_step": run.step}
             if any(isinstance(part, Recurrent) for part in run.module.modules()):
                 fact["recurrence"] = "reference"  # kernels do not know the run axis
+            if prefix_norms(run.module):
+                fact["prefix_statistics"] = "torch operators"
             environment["stacked"] = fact
             run.record.write_environment(environment)
 
