@@ -9,11 +9,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -85,12 +85,10 @@ def progress(folder: Path) -> Progress:
     speed: list[tuple[int, float]] = []
     step = 0
     for row in islice(last_rows(folder / "metrics.jsonl"), MOST_ROWS):
-        step = step or int(row["step"])
-        for split in SPLITS:
-            if (loss := row.get(f"{split}_loss_nats")) is not None:
-                found.setdefault(split, float(loss))
+        step = step or row["step"]
+        found = _losses(row, f"a row of {folder / 'metrics.jsonl'}") | found
         if "train_loss_nats" in row and len(speed) < ROWS_OF_SPEED:
-            speed.append((int(row["step"]), float(row["seconds"])))
+            speed.append((row["step"], row["seconds"]))
         if {"train", "valid"} <= found.keys() and len(speed) == ROWS_OF_SPEED:
             break
     losses = {split: found[split] for split in SPLITS if split in found}
@@ -98,6 +96,17 @@ def progress(folder: Path) -> Progress:
     if len(speed) > 1 and speed[0][0] > speed[-1][0]:
         seconds_per_step = (speed[0][1] - speed[-1][1]) / (speed[0][0] - speed[-1][0])
     return Progress(step, losses, seconds_per_step)
+
+
+def _losses(values: Mapping[str, Any], where: str) -> dict[str, float]:
+    """Those of each split that has any, from a row or from results; raises `InputError` if one is no number."""
+    losses = {split: values.get(f"{split}_loss_nats") for split in SPLITS}
+    for split, loss in losses.items():
+        if not isinstance(loss, int | float | None):
+            raise InputError(
+                f"{where} has {loss!r:.60} for {split}_loss_nats; the record is damaged: move its folder away"
+            )
+    return {split: float(loss) for split, loss in losses.items() if loss is not None}
 
 
 def duration(seconds: float | None) -> str:
@@ -218,9 +227,8 @@ class RunsFolder:
         outcome = RunRecord(folder, _ANY_CONFIG).outcome()
         at = (folder / "outcome.json").stat().st_mtime
         if outcome.state == "finished":
-            losses = {split: outcome.results.get(f"{split}_loss_nats") for split in SPLITS}
-            known = {split: float(loss) for split, loss in losses.items() if loss is not None}
-            done = replace(planned, state=_archived(folder, "finished"), note=outcome.reason, losses_nats=known)
+            losses = _losses(outcome.results, str(folder / "outcome.json"))
+            done = replace(planned, state=_archived(folder, "finished"), note=outcome.reason, losses_nats=losses)
             return replace(done, step=outcome.step), at
         curve = progress(folder)
         if curve.step:
@@ -348,9 +356,9 @@ def _waiting(job: PlannedJob, record: RunStatus | None) -> RunStatus:
     """A job that waits in a study, which may have a record of an earlier try or be in the hands of another by now."""
     if record is None:
         return replace(_of_plan(job), state="failed" if job.has_failed else "waiting", note=job.note)
+    if record.state in ("waiting", "interrupted") and job.has_failed:
+        return replace(record, state="failed", note=job.note)
     if record.state == "interrupted":
-        if job.has_failed:
-            return replace(record, state="failed", note=job.note)
         return replace(record, state="waiting", note="to go on from its last checkpoint")
     return replace(record, note=job.note or "its probes wait") if record.state == "finished" else record
 

@@ -27,7 +27,7 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     """
     try:
         return _rows(record)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
