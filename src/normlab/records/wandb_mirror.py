@@ -34,6 +34,8 @@ __all__ = ["Account", "WandbMirror", "mirror_probes"]
 
 ANSWER_SECONDS = 2.0
 INIT_SECONDS = 5.0
+OFFLINE_INIT_SECONDS = 60.0
+"""Of W&B's own processes on this machine alone, which many runs that begin at once keep busy."""
 FINISH_SECONDS = 5.0
 ROWS_APART = 10_000
 """Between the rows of different probes in W&B's own count: it wants each number once, whichever part they come in."""
@@ -246,7 +248,7 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str, suffix:
         x_disable_machine_info=True,
         x_save_requirements=False,
         use_dot_wandb=False,
-        init_timeout=INIT_SECONDS,
+        init_timeout=OFFLINE_INIT_SECONDS if mode == "offline" else INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
         # `make watch` shows a running run as of the last flush.
