@@ -199,6 +199,20 @@ def test_rows_without_a_lock_come_from_another_machine(record: Callable[..., Run
     assert [one.state for one in RunsFolder(run.folder.parent).look()[0]] == ["interrupted"], "it takes two looks"
 
 
+def test_rows_written_under_a_lock_are_no_sign_of_another_machine(record: Callable[..., RunRecord]):
+    run = record(3)
+    run.release()
+    age(run.folder / "outcome.json", 100)
+    age(run.folder / "metrics.jsonl", 100)
+    folder = RunsFolder(run.folder.parent)
+    assert [status.state for status in folder.look()[0]] == ["interrupted"]
+    run.start(3)  # it goes on here, and is killed once more
+    run.log(4, 4.0, {"train_loss_nats": 2.0})
+    assert [status.state for status in folder.look()[0]] == ["running"]
+    run.release()
+    assert [status.state for status in folder.look()[0]] == ["interrupted"]
+
+
 def test_damaged_records_are_a_row_each(record: Callable[..., RunRecord]):
     damages = {
         "config.yaml": ["model: {", "model: 3\n", ""],

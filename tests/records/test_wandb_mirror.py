@@ -327,3 +327,10 @@ def test_the_agent_of_a_sweep_gives_the_id(tmp_path: Path, monkeypatch: pytest.M
     assert wandb_mirror._wandb_id(tmp_path) == "ag3ntid0"
     monkeypatch.delenv("WANDB_SWEEP_ID")
     assert wandb_mirror._wandb_id(tmp_path) == "ag3ntid0", "what is added later goes there too"
+
+
+def test_a_record_moved_aside_is_the_same_run_and_the_new_one_another(tmp_path: Path) -> None:
+    old = RunRecord.create(config_from_dict(config_of(tmp_path, "offline")))
+    own = wandb_mirror._wandb_id(old.folder)
+    assert wandb_mirror._wandb_id(old.archive().folder) == own
+    assert wandb_mirror._wandb_id(RunRecord.create(old.config).folder) != own

@@ -235,7 +235,7 @@ class RunsFolder:
             at = max(at, (folder / "metrics.jsonl").stat().st_mtime)
         status = replace(planned, step=max(outcome.step, curve.step), losses_nats=curve.losses_nats)
         status = replace(status, silent_seconds=max(0.0, time.time() - at))
-        elsewhere = outcome.reason == "killed" and self._lives_elsewhere(folder.name, at)
+        elsewhere = self._lives_elsewhere(folder.name, at, is_killed=outcome.reason == "killed")
         if outcome.state == "running" or elsewhere:
             return _running(folder, status, curve, elsewhere), at
         note = outcome.reason
@@ -243,9 +243,12 @@ class RunsFolder:
             note = "killed, or on another machine whose lock is not seen here"
         return replace(status, state=_archived(folder, outcome.state), note=note), at
 
-    def _lives_elsewhere(self, name: str, at: float) -> bool:
-        """Whether rows came since the last look although nobody holds the lock: locks of other machines may be
+    def _lives_elsewhere(self, name: str, at: float, is_killed: bool) -> bool:
+        """Whether rows came since the last look although nobody held the lock: locks of other machines may be
         invisible, rows are not."""
+        if not is_killed:
+            self._rows_at.pop(name, None)  # rows that come until the next look are its holder's
+            return False
         if self._rows_at.setdefault(name, at) < at:
             self._rows_at[name] = self._grew[name] = at
         return time.time() - self._grew.get(name, -math.inf) < FRESH_SECONDS

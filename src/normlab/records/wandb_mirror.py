@@ -292,7 +292,8 @@ def _wandb_id(record_folder: Path) -> str:
     The agent of a sweep gives its runs ids of its own, which W&B then takes in place of any other. An id is part of a
     path and chooses the run that is written to, so that one of a form that neither has is replaced.
     """
-    path, name = record_folder / "wandb_id", record_folder.name
+    path = record_folder / "wandb_id"
+    name = re.sub(r"\.\d+$", "", record_folder.name)  # moved aside, it is still the same run there
     try:
         kept = read_bytes(path).decode("utf-8", "replace").strip()
     except FileNotFoundError:
