@@ -84,9 +84,10 @@ def progress(folder: Path) -> Progress:
     found: dict[str, float] = {}
     speed: list[tuple[int, float]] = []
     step = 0
-    for row in islice(last_rows(folder / "metrics.jsonl"), MOST_ROWS):
+    path = folder / "metrics.jsonl"
+    for row in islice(last_rows(path), MOST_ROWS):
         step = step or row["step"]
-        found = _losses(row, f"a row of {folder / 'metrics.jsonl'}") | found
+        found = _losses(row, path) | found
         if "train_loss_nats" in row and len(speed) < ROWS_OF_SPEED:
             speed.append((row["step"], row["seconds"]))
         if {"train", "valid"} <= found.keys() and len(speed) == ROWS_OF_SPEED:
@@ -98,13 +99,13 @@ def progress(folder: Path) -> Progress:
     return Progress(step, losses, seconds_per_step)
 
 
-def _losses(values: Mapping[str, Any], where: str) -> dict[str, float]:
-    """Those of each split that has any, from a row or from results; raises `InputError` if one is no number."""
+def _losses(values: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """Those of each split that has any, from a row or the results in `path`; `InputError` if one is no number."""
     losses = {split: values.get(f"{split}_loss_nats") for split in SPLITS}
     for split, loss in losses.items():
         if not isinstance(loss, int | float | None):
             raise InputError(
-                f"{where} has {loss!r:.60} for {split}_loss_nats; the record is damaged: move its folder away"
+                f"{path} has {loss!r:.60} for {split}_loss_nats; the record is damaged: move its folder away"
             )
     return {split: float(loss) for split, loss in losses.items() if loss is not None}
 
@@ -227,7 +228,7 @@ class RunsFolder:
         outcome = RunRecord(folder, _ANY_CONFIG).outcome()
         at = (folder / "outcome.json").stat().st_mtime
         if outcome.state == "finished":
-            losses = _losses(outcome.results, str(folder / "outcome.json"))
+            losses = _losses(outcome.results, folder / "outcome.json")
             done = replace(planned, state=_archived(folder, "finished"), note=outcome.reason, losses_nats=losses)
             return replace(done, step=outcome.step), at
         curve = progress(folder)
