@@ -17,6 +17,7 @@ from wandb_server import KEY, serving
 
 from normlab.config import RunConfig, config_from_dict, run_id
 from normlab.records import wandb_mirror
+from normlab.records.disk import write_atomically
 from normlab.records.record import Outcome, RunRecord
 from normlab.records.wandb_mirror import WandbMirror, mirror_probes
 
@@ -332,5 +333,10 @@ def test_the_agent_of_a_sweep_gives_the_id(tmp_path: Path, monkeypatch: pytest.M
 def test_a_record_moved_aside_is_the_same_run_and_the_new_one_another(tmp_path: Path) -> None:
     old = RunRecord.create(config_from_dict(config_of(tmp_path, "offline")))
     own = wandb_mirror._wandb_id(old.folder)
-    assert wandb_mirror._wandb_id(old.archive().folder) == own
+    old.write_probe("leak", {"probe": "leak", "runs": [old.id], "summary": {"row_leak_train": 0.5}})
+    old.write_probe("bias_variance", {"runs": [old.id, "another"], "summary": {"brier": 1.0}}, [old.id, "another"])
+    write_atomically(old.folder / "probes" / "notes.json", '{"version": 1}')
+    aside = old.archive()
+    assert wandb_mirror._wandb_id(aside.folder) == own
+    assert wandb_mirror._probed(aside) == {"probe/leak/row_leak_train": 0.5}
     assert wandb_mirror._wandb_id(RunRecord.create(old.config).folder) != own

@@ -23,7 +23,7 @@ from normlab.records.disk import last_rows, read_bytes
 from normlab.records.notice import PlannedJob, StudyNotice, studies_under_way
 from normlab.records.record import RunRecord
 
-__all__ = ["STATES", "Progress", "RunStatus", "RunsFolder", "duration", "progress"]
+__all__ = ["SPLITS", "STATES", "Progress", "RunStatus", "RunsFolder", "duration", "progress"]
 
 StatusState = Literal["running", "failed", "damaged", "interrupted", "diverged", "finished", "waiting", "archived"]
 STATES: tuple[StatusState, ...] = (
