@@ -24,6 +24,7 @@ __all__ = [
     "append",
     "last_rows",
     "parse_json",
+    "parse_row",
     "read_bytes",
     "read_yaml",
     "require_plain_files",
@@ -197,6 +198,7 @@ def last_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: a row is damaged, or the file is a pipe or a device.
     """
+    where = f"a row of {path}"
     with suppress(FileNotFoundError), _plain_file(path) as file:
         end = file.seek(0, os.SEEK_END)
         begun = b""  # the end of a row whose beginning is in the block before
@@ -209,14 +211,20 @@ def last_rows(path: Path) -> Iterator[dict[str, Any]]:
                 lines.pop()
                 is_torn = False
             for line in reversed(lines):
-                yield _row(line, path)
+                yield parse_row(line, where)
             end = start
         if not is_torn:
-            yield _row(begun, path)
+            yield parse_row(begun, where)
 
 
-def _row(line: bytes, path: Path) -> dict[str, Any]:
-    row = parse_json(line, f"a row of {path}")
-    if not ("step" in row and "seconds" in row):
-        raise InputError(f"a row of {path} has no step or seconds; move the record's folder away")
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A row of a curve: the JSON object in `line`, with a whole number `step` and a number `seconds`.
+
+    Raises:
+        InputError: it is none; `where` names the place.
+    """
+    row = parse_json(line, where)
+    step, seconds = row.get("step"), row.get("seconds")
+    if not (isinstance(step, int) and isinstance(seconds, int | float)):
+        raise InputError(f"{where} lacks numbers step and seconds; the record is damaged: move its folder away")
     return row
