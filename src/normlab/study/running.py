@@ -67,8 +67,7 @@ class _Runner:
             wanted = {run.id for state in states for run in state.missing} | self.attempts.keys()
             busy = [job for job in engine.jobs if job.id in wanted]  # it may know of jobs of other studies
             display.show(states, busy, elsewhere)
-            waits_for_room = not engine.free and any(state.missing for state in states)
-            if not busy and not elsewhere and not waits_for_room:
+            if not busy and not elsewhere and (engine.free or not self._left(states)):
                 return
             time.sleep(POLL_SECONDS)
             over = [ended for ended in engine.ended() if ended.job.id in wanted]
@@ -103,10 +102,10 @@ class _Runner:
         """Give the engine as many jobs as it takes; returns those that another process has in hand, or just had."""
         busy = {job.id for job in engine.jobs}
         free, elsewhere, chosen = engine.free, [], []
-        for job in self.study.jobs(states):
+        for job in self._left(states):
             if len(chosen) == free:
                 break
-            if job.id in busy or job.id in self.failed:
+            if job.id in busy:
                 continue
             if job.record.outcome().state == "running" or job.is_done():  # done since the last look
                 elsewhere.append(job)
@@ -116,6 +115,10 @@ class _Runner:
         if chosen:
             engine.start([[job] for job in chosen])
         return elsewhere
+
+    def _left(self, states: Sequence[ClaimState]) -> list[Job]:
+        """Jobs that may be tried, now or once there is room."""
+        return [job for job in self.study.jobs(states) if job.id not in self.failed]
 
     def _note(self, ended: Ended, engine: Engine) -> None:
         job = ended.job
