@@ -164,14 +164,10 @@ def measured_on(
         rounds += 1
     rows = []
     for (family, way, at_once), hourly in times.items():
+        threads = max(1, cores // (at_once * max(1, len(gpus))))
         median, quartiles = spread(iter(hourly * 2 if len(hourly) == 1 else hourly))
         rows.append(
-            {
-                "family": family,
-                "way": way,
-                "at_once": at_once,
-                "threads": max(1, cores // (at_once * max(1, len(gpus)))),
-            }
+            {"family": family, "way": way, "at_once": at_once, "threads": threads}
             | {"runs_per_hour": median, "quartiles": quartiles, "waves": len(hourly)}
         )
     return {

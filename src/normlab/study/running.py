@@ -59,6 +59,7 @@ class _Runner:
         self.attempts: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
         self.written: set[str] = set()
+        self.unwritten: dict[str, str] = {}
 
     def run(self, engine: Engine, display: Display) -> None:
         states, looked = self._look(), time.monotonic()
@@ -96,7 +97,9 @@ class _Runner:
         try:
             self.study.write(state)
         except InputError as error:
-            self.console.print(f"{state.claim.id}: {error}", highlight=False, markup=False, soft_wrap=True)
+            if self.unwritten.get(state.claim.id) != str(error):  # in the end all are written once more
+                self.console.print(f"{state.claim.id}: {error}", highlight=False, markup=False, soft_wrap=True)
+            self.unwritten[state.claim.id] = str(error)
 
     def _fill(self, engine: Engine, states: Sequence[ClaimState]) -> list[Job]:
         """Give the engine as many jobs as it takes; returns those that another process has in hand, or just had."""
