@@ -206,6 +206,7 @@ def test_a_run_of_another_process_is_left_to_it_and_waited_for(bench: Bench):
     ours = threading.Thread(target=lambda: result.append(bench.run()))
     ours.start()
     while len(bench.starts()) < 5:  # 3 tuning runs and the verdict runs of the other arm
+        assert ours.is_alive()
         time.sleep(0.05)
     theirs.release()  # as if it was killed: the run is anybody's again
     ours.join(240)
@@ -256,6 +257,7 @@ def test_ctrl_c_stops_the_workers_and_keeps_what_there_is(bench: Bench, tiny_tex
     )
     # The waiting runs keep both workers once ln is done.
     while len(list(bench.runs.glob("*-bn_step-*/metrics.jsonl"))) < 2:
+        assert study.poll() is None
         time.sleep(0.05)
     os.killpg(study.pid, signal.SIGINT)
     assert study.wait(240) == 130
