@@ -8,6 +8,7 @@ CONFIG ?=
 CLAIM ?=
 SCALE ?=
 WHERE ?=
+STACK ?=
 ENTITY ?=
 PROJECT ?=
 ARGS ?=
@@ -43,6 +44,7 @@ help: ## print this help
 	@echo "    CLAIM   an argument's id or the beginning of it, the letter of a section, or all"
 	@echo "    SCALE   small (CPU, minutes) or full (one GPU)"
 	@echo "    WHERE   local (processes on this machine) or slurm (jobs of a cluster: docs/running.md)"
+	@echo "    STACK   runs trained as one model: 1 never, a number up to so many; else several where that is faster"
 	@echo
 	@echo "  make train NORM=ln MODEL=lstm DATA=ptb_char SEED=3"
 	@echo "  every flag: $(PY) -m normlab train --help"
@@ -59,8 +61,8 @@ $(READY): pyproject.toml constraints.txt
 train: $(READY) ## train one run: NORM MODEL DATA SEED CONFIG ARGS
 	@$(PY) -m normlab train $(call flag,--config,CONFIG) $(call flag,--model,MODEL) $(call flag,--norm,NORM) $(call flag,--data,DATA) $(call flag,--seed,SEED) $(ARGS)
 
-study: $(READY) ## run what an argument still misses: CLAIM SCALE WHERE; without CLAIM list all
-	@$(PY) -m normlab study $(if $(value CLAIM),$(call quoted,CLAIM)) $(call flag,--scale,SCALE) $(call flag,--where,WHERE) $(ARGS)
+study: $(READY) ## run what an argument still misses: CLAIM SCALE WHERE STACK; without CLAIM list all
+	@$(PY) -m normlab study $(if $(value CLAIM),$(call quoted,CLAIM)) $(call flag,--scale,SCALE) $(call flag,--where,WHERE) $(call flag,--stack,STACK) $(ARGS)
 
 exact: $(READY) ## compute the arguments that are true or false by mathematics: results/exact.json
 	@$(PY) -m normlab exact $(ARGS)

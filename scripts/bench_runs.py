@@ -39,7 +39,7 @@ from benchmarking import (
     write,
 )
 
-from normlab.claims.families import CHAR_LSTM, char_transformer
+from normlab.claims.families import CHAR_LSTM, char_mlp, char_transformer
 from normlab.config import InputError, OutputConfig, RunConfig
 from normlab.data.pydocs import load_pydocs
 from normlab.execution.engine import Engine
@@ -60,7 +60,7 @@ class Way:
 
     Args:
         engine: for so many workers (on each GPU, if there are any), with a folder for what they write.
-        together: runs that go to one worker.
+        together: runs that go to one worker, which trains them as one stacked model.
     """
 
     engine: Callable[[int, Path, Sequence[Gpu]], Engine]
@@ -78,16 +78,18 @@ def local_workers(method: Method) -> Callable[[int, Path, Sequence[Gpu]], Engine
 WAYS = {
     "forked from a server": Way(local_workers("forkserver")),
     "a Python for each": Way(local_workers("spawn")),
+    "stacked by 4": Way(local_workers("forkserver"), together=4),
 }
 """The first is what studies do. Another way is another line here."""
 
 
 def families(steps: int, accelerator: str, text: Path) -> dict[str, RunConfig]:
-    """The runs that are timed: two that arguments share, cut to `steps`, and a tiny one."""
-    lstm, transformer = CHAR_LSTM["small"], char_transformer("pre")["small"]
+    """The runs that are timed: those that arguments share, cut to `steps`, and a tiny one."""
+    lstm, transformer, mlp = CHAR_LSTM["small"], char_transformer("pre")["small"], char_mlp("relu")["small"]
     tiny = dataclasses.replace(lstm, model=dataclasses.replace(lstm.model, width=16))
     found = {}
-    for name, config in {"LSTM (section D)": lstm, "Transformer (section E)": transformer, "tiny LSTM": tiny}.items():
+    shared = {"LSTM (section D)": lstm, "Transformer (section E)": transformer, "feed-forward (section A)": mlp}
+    for name, config in {**shared, "tiny LSTM": tiny}.items():
         training = dataclasses.replace(config.training, steps=steps, accelerator=accelerator, checkpoint_every=steps)
         model = dataclasses.replace(config.model, norm="ln")
         data = dataclasses.replace(config.data, corpus=str(text))
@@ -190,7 +192,8 @@ def wave(way: Way, config: RunConfig, at_once: int, gpus: Sequence[Gpu]) -> tupl
     with tempfile.TemporaryDirectory() as folder:
         output = OutputConfig(runs_dir=f"{folder}/runs", wandb="off", progress=False)
         seeds = range(workers * way.together)
-        jobs = [Job(dataclasses.replace(config, seed=seed, output=output)) for seed in seeds]
+        stack = "always" if way.together > 1 else "never"
+        jobs = [Job(dataclasses.replace(config, seed=seed, output=output), stack=stack) for seed in seeds]
         with way.engine(at_once, Path(folder) / "jobs", gpus) as engine:
             began = time.perf_counter()
             engine.start([jobs[first : first + way.together] for first in range(0, len(jobs), way.together)])

@@ -142,10 +142,10 @@ def test_help_names_every_norm_option_and_both_models(capsys: pytest.CaptureFixt
 
 
 def test_a_config_has_nothing_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "planted.py").write_text("open('it_ran', 'w')\nclass Foo: pass\n")
+    (tmp_path / "run_by_a_config.py").write_text("open('it_ran', 'w')\nclass Foo: pass\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    named = {"class_path": "planted.Foo"}
+    named = {"class_path": "run_by_a_config.Foo"}
     for values in (
         {"model": {"name": "hf", "architecture": "gpt2", "overrides": {"n_layer": named}}},
         {"model": {"name": "hf", "architecture": "gpt2", "from_file": {"a": [named]}}},
@@ -153,13 +153,13 @@ def test_a_config_has_nothing_imported(tmp_path: Path, monkeypatch: pytest.Monke
         {"model": named},
         {"optim": named},
         {"seed": named},
-        {"data": "planted.Foo"},
+        {"data": "run_by_a_config.Foo"},
     ):
         (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
         with contextlib.suppress(InputError):  # in one line, or taken for plain values
             parse_run(["--config", "run.yaml"])
         assert not (tmp_path / "it_ran").exists()
-    __import__("planted")
+    __import__("run_by_a_config")
     assert (tmp_path / "it_ran").exists(), "it could not be imported at all"
 
 

@@ -216,6 +216,9 @@ def _study(arguments: list[str]) -> int:
         "--workers", type=int, default=0, help="runs at once, at most, with slurm in each job; 0 takes one per core"
     )
     parser.add_argument("--runs-per-gpu", type=int, default=0, help="at scale full; 0 has it measured")
+    parser.add_argument(
+        "--stack", type=int, default=0, help="runs trained as one model; 0: several where that is faster, 1: never"
+    )
     parser.add_argument("--wandb", type=Literal["auto", "online", "offline", "off"], default="off", help="as of train")
     parser.add_argument("--runs_dir", type=str, default="runs", help="folder of records")
     parser.add_argument("--results_dir", type=str, default="results", help="folder of the tables")
@@ -229,7 +232,7 @@ def _study(arguments: list[str]) -> int:
     values = options.slurm.as_dict()
     values.pop("__path__", None)  # of a file given as --slurm
     slurm = SlurmOptions(**values)
-    execution = ExecutionOptions(options.where, options.workers, options.runs_per_gpu, slurm)
+    execution = ExecutionOptions(options.where, options.workers, options.runs_per_gpu, slurm, options.stack)
     return study(options.claim, options.scale, output, Path(options.results_dir), execution, dry_run=options.dry_run)
 
 

@@ -69,7 +69,7 @@ def test_how_many_at_once(flags: str, gpus: str, size: int, per_gpu: int, monkey
     monkeypatch.setenv("PATH", "")  # no nvidia-smi
     monkeypatch.setattr(local, "available_cores", lambda: 6)
     found: list[LocalWorkers] = []
-    monkeypatch.setattr(command, "run_study", lambda study, engine, console: found.append(engine) or 0)
+    monkeypatch.setattr(command, "run_study", lambda study, engine, console, stack: found.append(engine) or 0)
     assert main(["study", "d2", *flags.split()]) == 0
     (workers,) = found
     assert (workers.size, workers.runs_per_gpu) == (size, per_gpu)

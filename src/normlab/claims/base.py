@@ -202,6 +202,11 @@ class Claim:
         return [read for m in self.measurements for read in parts(m.read) if isinstance(read, AcrossSeeds)]
 
     @property
+    def is_timed(self) -> bool:
+        """Whether a measurement reads seconds, speed or memory: its verdict runs must not be trained in a stack."""
+        return any(measurement.is_timed for measurement in self.measurements)
+
+    @property
     def figures(self) -> tuple[Figure, ...]:
         """What is drawn of the verdict runs, beside the effects."""
         probes = dict.fromkeys(read.probe for read in self.probes)

@@ -26,6 +26,10 @@ __all__ = [
     "result",
 ]
 
+TIMED_RESULTS = frozenset({"tokens_per_second", "peak_memory_mib"})
+TIMED_PROBES = frozenset({"cost"})
+"""Those whose class says so (`Probe.timed`), by name: to ask the class takes torch."""
+
 Peers = Mapping[str, RunRecord]
 """Records of the other arms at the same setting and seed, by arm."""
 
@@ -59,6 +63,11 @@ class Measurement:
     def is_readable(self, peers: Peers) -> bool:
         """Whether the record of every arm that it looks at is there."""
         return all(read.of in peers for read in parts(self.read) if isinstance(read, Reach))
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether it reads seconds, speed or memory, of which a run in a stack has a share alone."""
+        return any(_is_timed(read) for read in parts(self.read))
 
     @property
     def is_across_seeds(self) -> bool:
@@ -204,6 +213,19 @@ def across_seeds(name: str, key: str, seeds: tuple[int, ...], **options: Any) ->
     """What the probe `name` says under `key` in the row of each run; it is run on those of an arm at all `seeds` (the
     verdict seeds of the claim) together."""
     return AcrossSeeds(name, key, seeds, tuple(sorted(options.items())))
+
+
+def _is_timed(read: Read) -> bool:
+    match read:
+        case Result():
+            return not TIMED_RESULTS.isdisjoint(read.names)
+        case Tail():
+            return read.metric in TIMED_RESULTS
+        case Reach():
+            return read.axis == "seconds"
+        case Probed() | AcrossSeeds():
+            return read.probe in TIMED_PROBES
+    return False
 
 
 def _missing(record: RunRecord, what: str) -> float:

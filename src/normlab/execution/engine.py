@@ -121,12 +121,15 @@ class ExecutionOptions:
             for. With slurm: in each job, of what it has.
         runs_per_gpu: of them on each GPU; 0 has it measured.
         slurm: what to ask for there.
+        stack: runs that are trained as one model, which differ in seed and learning rate alone: 0 takes several where
+            that was measured to be faster, 1 none, any other number up to so many.
     """
 
     where: Where = "local"
     workers: int = 0
     runs_per_gpu: int = 0
     slurm: SlurmOptions = field(default_factory=SlurmOptions)
+    stack: int = 0
 
     def __post_init__(self) -> None:
         if self.workers < 0:
@@ -135,6 +138,8 @@ class ExecutionOptions:
             raise InputError(f"runs-per-gpu is {self.runs_per_gpu}; it must be at least 1, or 0 to have it measured")
         if self.where != "slurm" and self.slurm != SlurmOptions():
             raise InputError(f"--slurm options need --where slurm, not --where {self.where}")
+        if self.stack < 0:
+            raise InputError(f"stack is {self.stack}; it must be at least 1, or 0 to stack where that is faster")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -29,11 +29,16 @@ class Job:
         config: of the run, with its place in `output`; of the first one if there are `seeds`.
         probes: their options by name.
         seeds: of the runs that the probes measure together; empty for one run by itself.
+        alone: the run's seconds count, so it must not be trained in a stack.
+        stack: whether the worker trains the runs of its group as one: "never"; "if faster" (which it measures, and if
+            not does the first job of the group alone, and leaves the others); or "always".
     """
 
     config: RunConfig
     probes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
+    alone: bool = False
+    stack: Literal["never", "if faster", "always"] = "never"
 
     @cached_property
     def id(self) -> str:
@@ -52,7 +57,12 @@ class Job:
         return [self.record.at_seed(seed) for seed in self.seeds] or [self.record]
 
     def is_trained(self) -> bool:
-        return all(record.outcome().state in ("finished", "diverged") for record in self.records)
+        ended = all(record.outcome().state in ("finished", "diverged") for record in self.records)
+        return ended and not self.is_to_be_anew()
+
+    def is_to_be_anew(self) -> bool:
+        """Whether the record of the run is that of a stack, whose seconds do not count."""
+        return self.alone and "stacked" in self.record.environment()
 
     def measured(self) -> list[RunRecord]:
         """Runs that the probes look at: a diverged one has no weights worth measuring. What they find is in the folder
@@ -86,7 +96,7 @@ class Job:
             if self.probes[name] != other.probes[name]:
                 claims = f"{self.config.output.claim} and {other.config.output.claim}"
                 raise InputError(f"{claims} want the probe {name} of run {self.id} with different options")
-        return Job(self.config, {**self.probes, **other.probes}, self.seeds)
+        return Job(self.config, {**self.probes, **other.probes}, self.seeds, self.alone or other.alone)
 
     def seconds(self) -> float:
         """What the whole job took; without that, the training alone."""
@@ -102,13 +112,20 @@ class Job:
 
 def write_job(path: Path, job: Job) -> None:
     probes = {name: dict(options) for name, options in job.probes.items()}
-    values = {"config": config_to_dict(job.config), "probes": probes, "seeds": list(job.seeds)}
+    values = {
+        "config": config_to_dict(job.config),
+        "probes": probes,
+        "seeds": list(job.seeds),
+        "alone": job.alone,
+        "stack": job.stack,
+    }
     write_atomically(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def read_job(path: Path) -> Job:
     try:
         values = read_yaml(path)
-        return Job(config_from_dict(values["config"]), values["probes"], tuple(values["seeds"]))
+        config, seeds = config_from_dict(values["config"]), tuple(values["seeds"])
+        return Job(config, values["probes"], seeds, values["alone"], values["stack"])
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"cannot read the job {path}: {' '.join(str(error).split())}") from None

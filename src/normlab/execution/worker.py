@@ -5,6 +5,7 @@ When the parent is gone, however it ended, the run is stopped as by SIGTERM: wit
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -26,24 +27,53 @@ BEGAN = time.monotonic()
 def main() -> int:
     """Exit code: 0 all done, 2 with a line on standard error for what a user can mend, 143 stopped before the end."""
     threading.Thread(target=_stop_with_parent, daemon=True).start()
-    code = 0
-    for path in sys.argv[1:]:
+    code, began = 0, BEGAN
+    jobs, stopped = _stacked([read_job(Path(path)) for path in sys.argv[1:]])
+    if stopped:
+        return 143
+    for job in jobs:
         try:
-            if not perform(read_job(Path(path))):
+            if not perform(job, began):
                 return 143
         except InputError as error:
             print(f"normlab: error: {printable(str(error))}", file=sys.stderr)
             code = 2
+        began = time.monotonic()
     return code
 
 
-def perform(job: Job) -> bool:
-    """Train the run if it has not ended, then measure what is missing; False if it was stopped before its end."""
+def _stacked(jobs: list[Job]) -> tuple[list[Job], bool]:
+    """Bring the runs of a group forward in one stack, if that is asked for or faster; returns the jobs to be performed,
+    which are all of them or, where a stack would be slower, the first; and whether a signal stopped them."""
+    if len(jobs) < 2 or jobs[0].stack == "never":
+        return jobs, False
+    from normlab.training.stacked import advance_stacked
+    from normlab.training.stacked_gain import is_worth_stacking
+
+    configs = [job.config for job in jobs if not job.is_trained()]
+    if len(configs) < 2:
+        return jobs, False
+    try:
+        if jobs[0].stack == "if faster" and not is_worth_stacking(configs):
+            return jobs[:1], False
+        return jobs, not advance_stacked(configs)
+    except InputError as error:  # what is wrong with a run is said when it is trained by itself
+        print(f"not stacked: {error}", file=sys.stderr)
+        return jobs, False
+
+
+def perform(job: Job, began: float = BEGAN) -> bool:
+    """Train the run if it has not ended, then measure what is missing; False if it was stopped before its end.
+
+    Args:
+        began: when the worker turned to it, on the clock of `time.monotonic`.
+    """
     is_whole = not job.record.metrics()
     if not job.is_trained():
         from normlab.training.run import train
 
-        train(job.config)
+        output = job.config.output
+        train(dataclasses.replace(job.config, output=dataclasses.replace(output, fresh=job.is_to_be_anew())))
         if not job.is_trained():
             return False
     missing = job.missing_probes()
@@ -57,7 +87,7 @@ def perform(job: Job) -> bool:
             run_probe(name, folders, job.probes[name], job.config.output.runs_dir)
         mirror_probes(missing, measured)
     if is_whole:  # else this is the time of a part
-        write_atomically(job.record.folder / JOB_FILE, to_json({"job_seconds": time.monotonic() - BEGAN}) + "\n")
+        write_atomically(job.record.folder / JOB_FILE, to_json({"job_seconds": time.monotonic() - began}) + "\n")
     return True
 
 

@@ -13,23 +13,39 @@ from normlab.norms.moments import Moments, for_statistics, sum_over_processes
 
 
 class _PowerFunction(torch.autograd.Function):
-    """x * scale; backward as algorithm 2 of the paper, which also gathers what the running product `nu` moves by."""
+    """x * scale; backward as algorithm 2 of the paper, which also gathers what the running product `nu` moves by.
+
+    All tensors may have further dimensions in front, of independent runs; `nu` then broadcasts to `x`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, keep: Tensor, nu: Tensor, gathered: Tensor) -> Tensor:
-        y = x * scale
-        ctx.save_for_backward(y, scale, keep)
-        ctx.nu, ctx.gathered = nu, gathered
-        return y
+    def forward(x: Tensor, scale: Tensor, keep: Tensor, nu: Tensor, gathered: Tensor) -> Tensor:
+        return x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, scale, keep, ctx.nu, ctx.gathered = inputs
+        ctx.save_for_backward(output, scale, keep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         y, scale, keep = ctx.saved_tensors
         grad = torch.where(keep > 0, grads[0], 0)
         grad_x = (grad - ctx.nu * y) * scale * keep
-        totals = torch.stack([(grad * y).sum((0, 1)), (keep * y.square()).sum((0, 1)), keep.sum().expand(y.shape[-1])])
+        count = keep.sum((-3, -2)).expand_as(ctx.gathered[..., 0, :])
+        totals = torch.stack([(grad * y).sum((-3, -2)), (keep * y.square()).sum((-3, -2)), count], -2)
         ctx.gathered.add_(sum_over_processes(totals))
         return grad_x, None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Tensor) -> tuple[Tensor, int]:
+        """For torch.vmap: the mapped dimension in front."""
+        x, scale, keep, nu, gathered = (
+            value.unsqueeze(0) if dim is None else value.movedim(dim, 0)
+            for value, dim in zip(inputs, in_dims, strict=True)
+        )
+        y: Any = _PowerFunction.apply(x, scale, keep, nu.unflatten(0, (-1, 1, 1)), gathered)
+        return y, 0
 
 
 @final

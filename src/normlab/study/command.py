@@ -43,7 +43,7 @@ def study(
     if dry_run:
         print_plan(chosen, at_once, console)
         return 0
-    return 1 if run_study(chosen, engine, console) else 0
+    return 1 if run_study(chosen, engine, console, options.stack) else 0
 
 
 def _engine(options: ExecutionOptions, scale: Scale, folder: Path, console: Console) -> tuple[Engine, int]:

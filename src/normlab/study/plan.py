@@ -202,7 +202,8 @@ class Study:
     def _job(self, claim: Claim, run: PlannedRun) -> Job:
         config = dataclasses.replace(run.config, output=dataclasses.replace(self.output, claim=claim.id))
         probes = claim.across_seeds if run.seeds else claim.probes if run.phase == "verdict" else []
-        return Job(config, {read.probe: dict(read.options) for read in probes}, run.seeds)
+        alone = claim.is_timed and run.phase == "verdict" and not run.seeds
+        return Job(config, {read.probe: dict(read.options) for read in probes}, run.seeds, alone)
 
     def _record(self, claim: Claim, run: PlannedRun) -> RunRecord | None:
         """The record of a run that is done, probes and all. What is done stays so: disk is asked until then."""

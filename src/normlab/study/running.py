@@ -6,6 +6,8 @@ left to it, and waited for at the end.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from normlab.execution.engine import Ended, Engine
 from normlab.execution.jobs import Job
 from normlab.study.plan import ClaimState, Study
 from normlab.study.showing import Display, summary
+from normlab.training.stackable import MOST, like, obstacle, read_gains
 
 __all__ = ["run_study"]
 
@@ -28,15 +31,18 @@ ELSEWHERE_SECONDS = 2.0
 """Between two looks at runs of another process."""
 
 
-def run_study(study: Study, engine: Engine, console: Console) -> int:
+def run_study(study: Study, engine: Engine, console: Console, stack: int = 1) -> int:
     """Run what is missing, and write the tables; a line per argument at the end.
+
+    Args:
+        stack: as in `ExecutionOptions`.
 
     Returns:
         The number of arguments that are not complete: some of their runs failed.
     """
     study.require_corpora()
     study.fix_rules()
-    runner = _Runner(study, console)
+    runner = _Runner(study, console, stack)
     try:
         with engine, Display(study, console) as display:
             runner.run(engine, display)
@@ -53,9 +59,12 @@ def run_study(study: Study, engine: Engine, console: Console) -> int:
 class _Runner:
     """What happened so far in this process; all else is on disk."""
 
-    def __init__(self, study: Study, console: Console) -> None:
+    def __init__(self, study: Study, console: Console, stack: int) -> None:
         self.study = study
         self.console = console
+        self.stack = stack
+        self._keys: dict[str, str] = {}
+        self._offered: dict[str, int] = {}
         self.attempts: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
         self.written: set[str] = set()
@@ -75,6 +84,9 @@ class _Runner:
             if over or (elsewhere and time.monotonic() - looked > ELSEWHERE_SECONDS):
                 states, looked = self._look(), time.monotonic()
             for ended in over:
+                if self._was_left(ended.job):
+                    self.attempts[ended.job.id] -= 1  # it was not begun
+                    continue
                 self._note(ended, engine)
                 display.ended(ended, states)
 
@@ -102,26 +114,62 @@ class _Runner:
             self.unwritten[state.claim.id] = str(error)
 
     def _fill(self, engine: Engine, states: Sequence[ClaimState]) -> list[Job]:
-        """Give the engine as many jobs as it takes; returns those that another process has in hand, or just had."""
+        """Give the engine as many groups as it takes, of jobs that can be stacked, or of one; returns the jobs that
+        another process has in hand, or just had."""
         busy = {job.id for job in engine.jobs}
-        free, elsewhere, chosen = engine.free, [], []
-        for job in self._left(states):
-            if len(chosen) == free:
-                break
-            if job.id in busy:
+        free, elsewhere = engine.free, []
+        jobs = [job for job in self._left(states) if job.id not in busy]
+        # No worker is to wait for want of jobs that are stacked elsewhere.
+        largest = min(self.stack or MOST, math.ceil(len(jobs) / max(1, free)))
+        groups: list[list[Job]] = []
+        for job in jobs:
+            group = next((group for group in groups if len(group) < largest and self._may_join(group[0], job)), None)
+            if group is None and len(groups) == free:
+                if largest == 1:
+                    break
                 continue
             if job.record.outcome().state == "running" or job.is_done():  # done since the last look
                 elsewhere.append(job)
+            elif group is None:
+                groups.append([job])
             else:
-                chosen.append(job)
-        self.attempts.update(job.id for job in chosen)
-        if chosen:
-            engine.start([[job] for job in chosen])
+                group.append(job)
+        self._start(engine, groups)
         return elsewhere
 
     def _left(self, states: Sequence[ClaimState]) -> list[Job]:
         """Jobs that may be tried, now or once there is room."""
         return [job for job in self.study.jobs(states) if job.id not in self.failed]
+
+    def _may_join(self, first: Job, job: Job) -> bool:
+        one, other = (self._key(each) for each in (first, job))
+        return bool(one) and one == other
+
+    def _key(self, job: Job) -> str:
+        """What jobs have in common that can be stacked; empty for one that cannot."""
+        if job.id not in self._keys:
+            can = not (job.seeds or job.alone or obstacle(job.config))
+            self._keys[job.id] = like(job.config) if can else ""
+        return self._keys[job.id]
+
+    def _start(self, engine: Engine, groups: list[list[Job]]) -> None:
+        """Groups that are known to be slower stacked shrink to their first job; where it is not known, the worker
+        measures, and leaves the others if so."""
+        for group in groups:
+            if len(group) > 1 and not self.stack and read_gains(group[0].config).is_worthwhile(len(group)) is False:
+                del group[1:]
+            if len(group) > 1:
+                how = "always" if self.stack else "if faster"
+                group[:] = [dataclasses.replace(job, stack=how) for job in group]
+            self.attempts.update(job.id for job in group)
+        self._offered = {**self._offered, **{job.id: len(group) for group in groups for job in group[1:]}}
+        if groups:
+            engine.start(groups)
+
+    def _was_left(self, job: Job) -> bool:
+        """Whether the job was offered as part of a stack, and left because that would be slower."""
+        runs = self._offered.pop(job.id, 1)
+        return runs > 1 and not self.stack and read_gains(job.config).is_worthwhile(runs) is False
 
     def _note(self, ended: Ended, engine: Engine) -> None:
         job = ended.job

@@ -18,7 +18,7 @@ from normlab.models.recurrent import Recurrent
 from normlab.norms.base import Norm
 from normlab.norms.batch_statistics import BatchStatisticsNorm
 from normlab.norms.kernels import PREFIX
-from normlab.tasks.metrics import evaluation_note
+from normlab.tasks.metrics import baseline, evaluation_note
 from normlab.training.module import TextModule
 
 __all__ = [
@@ -26,11 +26,11 @@ __all__ = [
     "device_names",
     "leak_facts",
     "leak_warning",
-    "peak_memory_mib",
     "prefix_facts",
     "prefix_norms",
     "product_facts",
     "recurrence_facts",
+    "run_facts",
     "site_facts",
     "statistics_rows",
 ]
@@ -139,6 +139,16 @@ def device_names(trainer: pl.Trainer) -> list[str]:
     if trainer.strategy.root_device.type != "cuda":
         return []
     return [torch.cuda.get_device_name(trainer.strategy.root_device)] * trainer.num_devices
+
+
+def run_facts(module: TextModule, tokens_per_second: float, trainer: pl.Trainer) -> dict[str, float | int | str]:
+    """What stands in the results of any run, however it ended: the plain baseline, speed and size."""
+    return {
+        **baseline(module.text),
+        "tokens_per_second": tokens_per_second,
+        "peak_memory_mib": peak_memory_mib(trainer),
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+    }
 
 
 def peak_memory_mib(trainer: pl.Trainer) -> float:

@@ -168,15 +168,21 @@ class TextModule(pl.LightningModule):
 
     def _end_evaluation(self) -> None:
         self.carried = self._training_state
+        metrics = self.evaluation_metrics(float(self.nats.compute()), float(self.accuracy.compute()))
+        exact = {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
+        self.log_dict(exact, prog_bar=self.evaluated_split == "valid")
+
+    def evaluation_metrics(self, loss_nats: float, accuracy: float) -> dict[str, float]:
+        """What an evaluation of `evaluated_split` logs, by name, of its mean loss and its share of right predictions
+        (which is shown of a classifier alone)."""
         split = self.evaluated_split
-        metrics = {"loss_nats": float(self.nats.compute())}
+        metrics = {"loss_nats": loss_nats}
         if self.text.task == "classification":
-            metrics["accuracy"] = float(self.accuracy.compute())
+            metrics["accuracy"] = accuracy
         else:
-            metrics |= language_metrics(self.text, split, metrics["loss_nats"])
+            metrics |= language_metrics(self.text, split, loss_nats)
         prefix = f"{split}_{self.statistics}" if self.statistics else split
-        exact = {f"{prefix}_{name}": torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}
-        self.log_dict(exact, prog_bar=split == "valid")
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}
 
     # What a checkpoint needs beside weights and optimizer for a resumed run to be the same run.
 

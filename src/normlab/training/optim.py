@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -32,10 +33,17 @@ def decayed_parameters(model: nn.Module) -> set[str]:
     }
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer that `config` names, with weight decay on `decayed_parameters` alone."""
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, parameters: Mapping[str, nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer that `config` names, with weight decay on `decayed_parameters` alone.
+
+    Args:
+        parameters: to be optimized in the place of the model's own, by their names there.
+    """
     decayed = decayed_parameters(model)
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    own = dict(model.named_parameters()) if parameters is None else parameters
+    named = [(name, parameter) for name, parameter in own.items() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in named if name in decayed], "weight_decay": config.weight_decay},
         {"params": [p for name, p in named if name not in decayed], "weight_decay": 0.0},

@@ -32,7 +32,6 @@ from normlab.models.huggingface import require_architecture
 from normlab.records.environment import collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
-from normlab.tasks.metrics import baseline
 from normlab.training.datamodule import TextDataModule, WholeRun
 from normlab.training.engine import one_engine
 from normlab.training.facts import (
@@ -40,10 +39,10 @@ from normlab.training.facts import (
     device_names,
     leak_facts,
     leak_warning,
-    peak_memory_mib,
     prefix_facts,
     product_facts,
     recurrence_facts,
+    run_facts,
     site_facts,
     statistics_rows,
 )
@@ -67,12 +66,15 @@ from normlab.training.writing import PlainFiles
 __all__ = ["train"]
 
 
-def train(config: RunConfig) -> RunRecord:
+def train(config: RunConfig, *, pause_at: int | None = None) -> RunRecord:
     """Train the run that `config` describes and return its record.
 
     The record lives in `<output.runs_dir>/<id>`, where the id is a hash of everything that decides the numbers. A
     run that is already finished (or diverged) is not trained again; one that was interrupted goes on from its
     last checkpoint; `output.fresh` keeps the old record beside it and starts anew.
+
+    Args:
+        pause_at: a step before the last one, where the run is left interrupted, with a checkpoint.
 
     Raises:
         InputError: the config asks for something that cannot be done; one line says what and how to mend it.
@@ -116,7 +118,7 @@ def train(config: RunConfig) -> RunRecord:
             raise InputError(explain(error, record, config)) from error
     run = None
     try:
-        run = _Run(config, text, datamodule, module, record, console, place, accelerator, batch_size)
+        run = _Run(config, text, datamodule, module, record, console, place, accelerator, batch_size, pause_at)
         outcome = run.train()
         if place.is_first:
             record.finish(outcome)
@@ -181,11 +183,12 @@ class _Run:
     place: Place
     accelerator: str
     batch_size: int
+    pause_at: int | None
 
     def __post_init__(self) -> None:
         training = self.config.training
         self.stopwatch = Stopwatch()
-        self.signals = StopSignals(training.valid_every, speaks=self.place.is_first)
+        self.signals = StopSignals(training.valid_every, self.pause_at, speaks=self.place.is_first)
         self.guard = DivergenceGuard(training.divergence_nats)
         self.checkpoints = Checkpoints(
             self.record.checkpoints, training.checkpoint_every, training.valid_every, self.stopwatch
@@ -271,6 +274,8 @@ class _Run:
             )
             if self.guard.diverged:
                 return self._outcome("diverged", self.guard.reason, self._results(evaluated={}))
+            if self.signals.received is None and self.signals.is_paused:
+                return self._outcome("interrupted", "paused", {})
             if self.signals.received is None:
                 self.signals.at_once = True
                 return self._outcome("finished", self._why_finished(), self._results(self._evaluate()))
@@ -340,13 +345,7 @@ class _Run:
         )
 
     def _results(self, evaluated: dict[str, float]) -> dict[str, float | int | str]:
-        return {
-            **evaluated,
-            **baseline(self.text),
-            "tokens_per_second": self.recorder.tokens_per_second,
-            "peak_memory_mib": peak_memory_mib(self.trainer),
-            "parameters": sum(p.numel() for p in self.module.model.parameters()),
-        }
+        return {**evaluated, **run_facts(self.module, self.recorder.tokens_per_second, self.trainer)}
 
     def _why_finished(self) -> str:
         if self.step < self.config.training.steps:
@@ -404,6 +403,8 @@ class _Run:
             kept = ("machine", "versions", "git", "threads")
             begun_with = {name: before[name] for name in kept if name in before}
             environment["begun_with"] = before.get("begun_with", begun_with)
+        if "stacked" in before:
+            environment["stacked"] = before["stacked"]
         self.record.write_environment(environment)
 
 

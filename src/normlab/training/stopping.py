@@ -42,15 +42,19 @@ class StopSignals(pl.Callback):
     Args:
         valid_every: optimizer steps between validations; one that is due is still done, because a resumed run would
             not go back to it.
+        pause_at: a step at which the run ends as if a signal had come.
         speaks: whether this process says that it is stopping.
 
     Attributes:
         received: the signal's number, or None.
+        is_paused: it ended at `pause_at`.
         at_once: the training is over, so that there is no step to wait for.
     """
 
-    def __init__(self, valid_every: int, *, speaks: bool = True) -> None:
+    def __init__(self, valid_every: int, pause_at: int | None = None, *, speaks: bool = True) -> None:
         self.valid_every = valid_every
+        self.pause_at = pause_at
+        self.is_paused = False
         self.speaks = speaks
         self.received: int | None = None
         self.at_once = False
@@ -88,7 +92,8 @@ class StopSignals(pl.Callback):
             return
         if step >= trainer.max_steps:
             trainer.should_stop = True  # so that Lightning validates after the last step too
-        elif self._is_received(trainer):
+        elif self._is_received(trainer) or step == self.pause_at:
+            self.is_paused = step == self.pause_at
             trainer.should_stop = True
             if not is_validation_due(trainer, self.valid_every):
                 trainer.limit_val_batches = 0  # else Lightning validates at any early end
