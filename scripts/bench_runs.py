@@ -100,7 +100,7 @@ def families(steps: int, accelerator: str, text: Path) -> dict[str, RunConfig]:
 def main(arguments: Sequence[str]) -> None:
     """Measure, print and write."""
     cores = available_cores()
-    counts = [number for number in (1, 2, 4, 8, 16, 32, 64, 128) if number <= max(8, cores)]
+    counts = sorted({cores, *(number for number in (1, 2, 4, 8, 16, 32, 64, 128) if number <= max(8, cores))})
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--at-once", nargs="+", type=int, default=counts, help="workers, on each GPU if there are any")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
@@ -113,6 +113,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if min(*options.at_once, options.steps, 1) < 1:
         parser.error("--at-once and --steps must be at least 1")
+    if next(iter(WAYS)) not in options.ways and cores not in options.at_once:
+        parser.error(f"--ways: ways beside the first are measured with {cores} at once alone; add it to --at-once")
     if options.write and not options.result.exists():
         parser.error(f"--write: there is no {options.result.name} yet")
     if options.quick and options.result == RESULT:
@@ -164,9 +166,10 @@ def measured_on(
         rounds += 1
     rows = []
     for (family, way, at_once), hourly in times.items():
+        threads = max(1, cores // (at_once * max(1, len(gpus))))
         median, quartiles = spread(iter(hourly * 2 if len(hourly) == 1 else hourly))
         rows.append(
-            {"family": family, "way": way, "at_once": at_once, "threads": max(1, cores // at_once)}
+            {"family": family, "way": way, "at_once": at_once, "threads": threads}
             | {"runs_per_hour": median, "quartiles": quartiles, "waves": len(hourly)}
         )
     return {
@@ -213,7 +216,7 @@ def page_block(result: Mapping[str, Any]) -> str:
     counts = sorted(threads)
     header = ["run", "each is", *(f"{number} x {threads[number]}" for number in counts)]
     table = [[*names, *(of_count.get(number, "–") for number in counts)] for names, of_count in cells.items()]
-    where = f"on each of {result['gpus']} GPUs, with threads as on the cores" if result["gpus"] else "on the cores"
+    where = f"on each of {result['gpus']} GPUs" if result["gpus"] else "on the cores"
     waves = min(row["waves"] for row in result["rows"])
     return (
         f"{markdown_table(header, table)}\n\n{sentence(result)} Runs per hour, of {result['steps']} steps each on "

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -160,9 +161,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`: whoever reads sees the old file or the new one, also after a kill or a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not a process id: on a disk that nodes or containers share, two may have the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
         with _naming(path), temporary.open("x", encoding="utf-8") as file:  # x: not what a link of that name leads to
             file.write(text)
             file.flush()
