@@ -16,7 +16,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 # make would look for commands in what it hands on.
-unexport NORM MODEL DATA SEED CONFIG CLAIM SCALE WHERE
+unexport NORM MODEL DATA SEED CONFIG CLAIM SCALE WHERE ENTITY PROJECT
 
 # What a variable holds, as one word for the shell: neither make nor the shell looks for commands in it.
 quoted = '$(subst ','\'',$(value $(1)))'
@@ -90,7 +90,7 @@ watch: $(READY) ## watch runs in the terminal: their curves if W&B mirrors them,
 	@$(PY) -m normlab watch $(ARGS)
 
 dashboard: $(READY) ## W&B workspaces and report of all arguments: ENTITY PROJECT; without an account as files
-	@$(PY) scripts/wandb_workspace.py $(if $(ENTITY),--entity "$(ENTITY)") $(if $(PROJECT),--project "$(PROJECT)") $(ARGS)
+	@$(PY) scripts/wandb_workspace.py $(call flag,--entity,ENTITY) $(call flag,--project,PROJECT) $(ARGS)
 
 norms: $(READY) ## write docs/norms.md and its pictures anew from what the norms declare
 	@$(PY) scripts/norms_table.py

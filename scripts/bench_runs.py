@@ -39,7 +39,7 @@ from benchmarking import (
     write,
 )
 
-from normlab.claims.families import CHAR_LSTM, char_transformer
+from normlab.claims.families import CHAR_LSTM, char_mlp, char_transformer
 from normlab.config import InputError, OutputConfig, RunConfig
 from normlab.data.pydocs import load_pydocs
 from normlab.execution.engine import Engine
@@ -60,7 +60,7 @@ class Way:
 
     Args:
         engine: for so many workers (on each GPU, if there are any), with a folder for what they write.
-        together: runs that go to one worker.
+        together: runs that go to one worker, which trains them as one stacked model.
     """
 
     engine: Callable[[int, Path, Sequence[Gpu]], Engine]
@@ -78,16 +78,18 @@ def local_workers(method: Method) -> Callable[[int, Path, Sequence[Gpu]], Engine
 WAYS = {
     "forked from a server": Way(local_workers("forkserver")),
     "a Python for each": Way(local_workers("spawn")),
+    "stacked by 4": Way(local_workers("forkserver"), together=4),
 }
 """The first is what studies do. Another way is another line here."""
 
 
 def families(steps: int, accelerator: str, text: Path) -> dict[str, RunConfig]:
-    """The runs that are timed: two that arguments share, cut to `steps`, and a tiny one."""
-    lstm, transformer = CHAR_LSTM["small"], char_transformer("pre")["small"]
+    """The runs that are timed: those that arguments share, cut to `steps`, and a tiny one."""
+    lstm, transformer, mlp = CHAR_LSTM["small"], char_transformer("pre")["small"], char_mlp("relu")["small"]
     tiny = dataclasses.replace(lstm, model=dataclasses.replace(lstm.model, width=16))
     found = {}
-    for name, config in {"LSTM (section D)": lstm, "Transformer (section E)": transformer, "tiny LSTM": tiny}.items():
+    shared = {"LSTM (section D)": lstm, "Transformer (section E)": transformer, "feed-forward (section A)": mlp}
+    for name, config in {**shared, "tiny LSTM": tiny}.items():
         training = dataclasses.replace(config.training, steps=steps, accelerator=accelerator, checkpoint_every=steps)
         model = dataclasses.replace(config.model, norm="ln")
         data = dataclasses.replace(config.data, corpus=str(text))
@@ -98,7 +100,7 @@ def families(steps: int, accelerator: str, text: Path) -> dict[str, RunConfig]:
 def main(arguments: Sequence[str]) -> None:
     """Measure, print and write."""
     cores = available_cores()
-    counts = [number for number in (1, 2, 4, 8, 16, 32, 64, 128) if number <= max(8, cores)]
+    counts = sorted({cores, *(number for number in (1, 2, 4, 8, 16, 32, 64, 128) if number <= max(8, cores))})
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--at-once", nargs="+", type=int, default=counts, help="workers, on each GPU if there are any")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
@@ -111,6 +113,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if min(*options.at_once, options.steps, 1) < 1:
         parser.error("--at-once and --steps must be at least 1")
+    if next(iter(WAYS)) not in options.ways and cores not in options.at_once:
+        parser.error(f"--ways: ways beside the first are measured with {cores} at once alone; add it to --at-once")
     if options.write and not options.result.exists():
         parser.error(f"--write: there is no {options.result.name} yet")
     if options.quick and options.result == RESULT:
@@ -162,9 +166,10 @@ def measured_on(
         rounds += 1
     rows = []
     for (family, way, at_once), hourly in times.items():
+        threads = max(1, cores // (at_once * max(1, len(gpus))))
         median, quartiles = spread(iter(hourly * 2 if len(hourly) == 1 else hourly))
         rows.append(
-            {"family": family, "way": way, "at_once": at_once, "threads": max(1, cores // at_once)}
+            {"family": family, "way": way, "at_once": at_once, "threads": threads}
             | {"runs_per_hour": median, "quartiles": quartiles, "waves": len(hourly)}
         )
     return {
@@ -187,7 +192,8 @@ def wave(way: Way, config: RunConfig, at_once: int, gpus: Sequence[Gpu]) -> tupl
     with tempfile.TemporaryDirectory() as folder:
         output = OutputConfig(runs_dir=f"{folder}/runs", wandb="off", progress=False)
         seeds = range(workers * way.together)
-        jobs = [Job(dataclasses.replace(config, seed=seed, output=output)) for seed in seeds]
+        stack = "always" if way.together > 1 else "never"
+        jobs = [Job(dataclasses.replace(config, seed=seed, output=output), stack=stack) for seed in seeds]
         with way.engine(at_once, Path(folder) / "jobs", gpus) as engine:
             began = time.perf_counter()
             engine.start([jobs[first : first + way.together] for first in range(0, len(jobs), way.together)])
@@ -210,7 +216,7 @@ def page_block(result: Mapping[str, Any]) -> str:
     counts = sorted(threads)
     header = ["run", "each is", *(f"{number} x {threads[number]}" for number in counts)]
     table = [[*names, *(of_count.get(number, "–") for number in counts)] for names, of_count in cells.items()]
-    where = f"on each of {result['gpus']} GPUs, with threads as on the cores" if result["gpus"] else "on the cores"
+    where = f"on each of {result['gpus']} GPUs" if result["gpus"] else "on the cores"
     waves = min(row["waves"] for row in result["rows"])
     return (
         f"{markdown_table(header, table)}\n\n{sentence(result)} Runs per hour, of {result['steps']} steps each on "

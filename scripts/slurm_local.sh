@@ -19,6 +19,7 @@ usage() {
 [ $# -ge 1 ] && [ $# -le 2 ] || usage
 verb=$1
 folder=${2:-${TMPDIR:-/tmp}/normlab-slurm-$(id -un)}
+[[ $folder = /* ]] || folder=$PWD/$folder
 PATH=$PATH:/usr/sbin:/sbin # where the daemons are
 export SLURM_CONF=$folder/slurm.conf
 NODE_CPUS=8                # more than there may be: the jobs of a test are small
@@ -28,9 +29,9 @@ fail() {
   exit 1
 }
 
-alive() { # NAME: whether the daemon with that pid file runs
+alive() { # NAME: whether the daemon with that pid file runs; since it ended the number may be another program's
   local pid
-  pid=$(cat "$folder/$1.pid" 2>/dev/null) && [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null
+  pid=$(cat "$folder/$1.pid" 2>/dev/null) && [ -n "$pid" ] && [ "$(cat "/proc/$pid/comm" 2>/dev/null)" = "$1" ]
 }
 
 wait_until() { # SECONDS COMMAND...
@@ -131,6 +132,12 @@ stop() {
   wait
   rm -rf "$folder"
 }
+
+# What the configuration names is run, and the folder is removed in the end.
+if [ -e "$folder" ]; then
+  [ -O "$folder" ] || fail "$folder is somebody else's; name another folder"
+  [ ! -e "$SLURM_CONF" ] || [ -e "$folder/munge.key" ] || fail "$SLURM_CONF is not of this script; name another folder"
+fi
 
 case $verb in
   start) start ;;

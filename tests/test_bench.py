@@ -208,6 +208,7 @@ def test_a_wave_of_real_runs(scripts: dict[str, ModuleType], tiny_run: Callable[
         (["--at-once", "0"], "must be at least 1"),
         (["--ways", "threads"], "invalid choice: 'threads'"),
         (["--quick"], "give it a --result of its own"),
+        (["--ways", "a Python for each", "--at-once", "999"], "alone; add it to --at-once"),
         (["--write", "--result", "/nowhere/x.json"], "there is no x.json yet"),
         (["--device", "cuda", "--result", "/nowhere/x.json"], "name no GPU here"),
     ],

@@ -61,6 +61,15 @@ def test_study(odd: str, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("odd", ODD[:5])
+def test_dashboard(odd: str, tmp_path: Path) -> None:
+    mark = tmp_path / "it_ran"
+    value = odd.replace("{mark}", str(mark))
+    words = made("dashboard", tmp_path, {"ENTITY": value, "PROJECT": value})
+    assert words == ["scripts/wandb_workspace.py", "--entity", value, "--project", value]
+    assert not mark.exists()
+
+
 def test_arguments_are_several_words_and_what_is_empty_is_left_out(tmp_path: Path) -> None:
     words = made("train", tmp_path, {"NORM": "ln", "ARGS": "--optim.lr 1e-3 --data.text_column 'the text'"})
     assert words[3:] == ["--norm", "ln", "--optim.lr", "1e-3", "--data.text_column", "the text"]

@@ -46,7 +46,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 threading.Thread(target=_stop_with_parent, daemon=True).start()
 print("ready", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 IGNORES = WAITS.replace(".touch()\n    sys.exit(143)", ".touch()")

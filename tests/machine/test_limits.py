@@ -71,3 +71,19 @@ def test_cores_are_those_that_the_share_of_time_fills(quota: float | None, cores
     monkeypatch.setattr(environment.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(environment, "core_quota", lambda: quota)
     assert available_cores() == cores
+
+
+def test_a_job_of_slurm_has_the_memory_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(MEMINFO)
+    monkeypatch.setattr(limits, "ROOT", tmp_path)
+    for given, memory_mib in (
+        ({"SLURM_MEM_PER_NODE": "8000"}, 8000),
+        ({"SLURM_MEM_PER_CPU": "2000", "SLURM_CPUS_ON_NODE": "3"}, 6000),
+        ({"SLURM_MEM_PER_NODE": "0"}, 16384),
+        ({"SLURM_MEM_PER_NODE": "99999"}, 16384),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in given.items():
+                patch.setenv(name, value)
+            assert available_memory_mib() == memory_mib

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,9 +92,13 @@ def test_links_to_whole_records_and_runs_are_the_users_own_order(record: RunReco
     assert RunRecord.open(record.id, outside / "runs").outcome().state == "interrupted"
 
 
-def test_a_write_does_not_follow_a_link(tmp_path: Path, outside: Path) -> None:
+def test_a_write_does_not_follow_a_link(tmp_path: Path, outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.json"
-    (tmp_path / f".file.json.{os.getpid()}.tmp").symlink_to(outside / "file")
+    guessed = uuid.uuid4()
+    monkeypatch.setattr(uuid, "uuid4", lambda: guessed)
+    (tmp_path / f".file.json.{guessed.hex[:12]}.tmp").symlink_to(outside / "file")
+    with pytest.raises(FileExistsError):
+        write_atomically(path, "new")
     write_atomically(path, "new")
     assert path.read_text() == "new"
     (tmp_path / "rows").symlink_to(outside / "file")

@@ -117,7 +117,7 @@ def test_a_torn_row_is_left_out_and_cut_before_the_next(tmp_path: Path) -> None:
 
 def test_a_damaged_row_in_the_middle_is_named(tmp_path: Path) -> None:
     record = RunRecord.create(config_in(tmp_path))
-    (record.folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n')
+    (record.folder / "metrics.jsonl").write_bytes(b'{"step": 1, "seconds": 1}\n{"st\n{"step": 3, "seconds": 3}\n')
     with pytest.raises(InputError, match="line 2 is not JSON"):
         record.metrics()
 

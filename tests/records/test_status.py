@@ -81,7 +81,7 @@ def test_the_last_rows_are_those_of_the_whole_file(tmp_path: Path):
     path.write_text("")
     assert list(last_rows(path)) == []
     path.write_text('{"step": 1}\n')
-    with pytest.raises(InputError, match="no step or seconds"):
+    with pytest.raises(InputError, match="lacks numbers step and seconds"):
         next(last_rows(path))
 
 
@@ -199,11 +199,36 @@ def test_rows_without_a_lock_come_from_another_machine(record: Callable[..., Run
     assert [one.state for one in RunsFolder(run.folder.parent).look()[0]] == ["interrupted"], "it takes two looks"
 
 
+def test_rows_written_under_a_lock_are_no_sign_of_another_machine(record: Callable[..., RunRecord]):
+    run = record(3)
+    run.release()
+    age(run.folder / "outcome.json", 100)
+    age(run.folder / "metrics.jsonl", 100)
+    folder = RunsFolder(run.folder.parent)
+    assert [status.state for status in folder.look()[0]] == ["interrupted"]
+    run.start(3)  # it goes on here, and is killed once more
+    run.log(4, 4.0, {"train_loss_nats": 2.0})
+    assert [status.state for status in folder.look()[0]] == ["running"]
+    run.release()
+    assert [status.state for status in folder.look()[0]] == ["interrupted"]
+
+
 def test_damaged_records_are_a_row_each(record: Callable[..., RunRecord]):
     damages = {
         "config.yaml": ["model: {", "model: 3\n", ""],
-        "outcome.json": ['{"version": 1, "state": "runn', '{"version": 1, "state": "odd"}', '{"version": 99}'],
-        "metrics.jsonl": ['{"step": 1, "sec\n'],
+        "outcome.json": [
+            '{"version": 1, "state": "runn',
+            '{"version": 1, "state": "odd"}',
+            '{"version": 99}',
+            '{"version": 1, "state": "finished", "results": {"valid_loss_nats": "low"}}',
+        ],
+        "metrics.jsonl": [
+            '{"step": 1, "sec\n',
+            '{"step": "one", "seconds": 1}\n',
+            '{"step": "inf", "seconds": 1}\n',
+            '{"step": 1, "seconds": null}\n',
+            '{"step": 1, "seconds": 1, "train_loss_nats": "low"}\n',
+        ],
     }
     seed = 0
     for file, texts in damages.items():
@@ -352,6 +377,18 @@ def test_what_a_study_knows_of_a_record(
     status = look(run)
     assert (status.state, status.note) == (state, note)
     assert status.step == (10 if outcome is not None and outcome.state == "finished" else 4), "of its record"
+    board.close()
+
+
+def test_a_job_that_failed_before_its_run_began_has_failed(record: Callable[..., RunRecord]):
+    run = record()
+    run.release()
+    (run.folder / "outcome.json").unlink()
+    assert (look(run).state, look(run).note) == ("waiting", "it never started")
+    job = PlannedJob.of(run.id, run.config, "killed by SIGKILL", has_failed=True)
+    board = NoticeBoard(run.folder.parent)
+    board.put(StudyNotice(["d2"], "small", 0, 1, None, waiting=[job]))
+    assert (look(run).state, look(run).note) == ("failed", "killed by SIGKILL")
     board.close()
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from normlab.__main__ import main
 from normlab.claims import available_claims, load_claim
+from normlab.execution import local
 from normlab.execution.local import LocalWorkers
 from normlab.study import command
 
@@ -66,7 +67,7 @@ def test_how_many_at_once(flags: str, gpus: str, size: int, per_gpu: int, monkey
     """On a machine with 6 cores; at scale small nobody asks for its GPUs."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     monkeypatch.setenv("PATH", "")  # no nvidia-smi
-    monkeypatch.setattr(command, "available_cores", lambda: 6)
+    monkeypatch.setattr(local, "available_cores", lambda: 6)
     found: list[LocalWorkers] = []
     monkeypatch.setattr(command, "run_study", lambda study, engine, console, stack: found.append(engine) or 0)
     assert main(["study", "d2", *flags.split()]) == 0

@@ -21,6 +21,8 @@ from normlab.execution.engine import SlurmOptions
 from normlab.execution.jobs import Job, write_job
 from normlab.execution.slurm import BATCH_FILE, SlurmEngine
 
+SECONDS = 240  # of a busy machine
+
 
 @pytest.mark.parametrize(
     ("flags", "said"),
@@ -63,6 +65,9 @@ def test_a_file_holds_the_options_of_a_site(tmp_path: Path, capsys: pytest.Captu
     assert "with 12 workers" in capsys.readouterr().out
     assert main([*arguments, "--slurm.cpus", "2"]) == 0
     assert "with 6 workers" in capsys.readouterr().out
+    site.write_text("sbatch:\n  1: 2\n")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "normlab: error: slurm.sbatch.1 is no long option of sbatch; leave it out\n"
 
 
 @pytest.mark.slow
@@ -85,7 +90,7 @@ def test_a_signal_to_all_processes_of_a_task_ends_it_after_its_runs_have_saved(
     script = f"from normlab.execution.slurm import ArrayTask; ArrayTask()({str(batch)!r}, 0)"
     task = subprocess.Popen([sys.executable, "-c", script], env={**environment, "SLURM_NTASKS": "1"})
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + SECONDS
         while not all(job.record.metrics() for job in jobs):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -93,7 +98,7 @@ def test_a_signal_to_all_processes_of_a_task_ends_it_after_its_runs_have_saved(
             with contextlib.suppress(OSError):
                 if place.name.isdigit() and mark.encode() in (place / "environ").read_bytes().split(b"\0"):
                     os.kill(int(place.name), number)
-        assert task.wait(60) == 143
+        assert task.wait(SECONDS) == 143
         assert [job.record.outcome().reason for job in jobs] == ["SIGTERM"] * 2
     finally:
         task.kill()

@@ -40,7 +40,7 @@ class SlurmOptions:
         time: limit of a job as SLURM writes it: minutes, H:MM:SS, D-HH or D-HH:MM. A run that is not ready by then
             saves, waits in the queue again and goes on.
         gres: generic resources, such as gpu:1.
-        cpus: cores of a job; without a GPU it does as many runs at once.
+        cpus: cores of a job; it does at most as many runs at once.
         mem: memory of a job, such as 8G.
         constraint: features that a node must have.
         runs_per_job: runs that one job does; more of them wait less, and share its start.
@@ -99,7 +99,9 @@ class SlurmOptions:
         return first * 60 + second if found["third"] else first
 
     @staticmethod
-    def _require_free(key: str, value: object) -> None:
+    def _require_free(key: object, value: object) -> None:
+        if not isinstance(key, str):
+            raise InputError(f"slurm.sbatch.{key} is no long option of sbatch; leave it out")
         if key in _FIELDS or key in _OTHER_NAMES:
             raise InputError(f"slurm.sbatch.{key} has a flag of its own: --slurm.{_OTHER_NAMES.get(key, key)}")
         if key in _TAKEN or not re.fullmatch(r"[a-z][a-z0-9-]*", key):
@@ -116,7 +118,7 @@ class ExecutionOptions:
     Args:
         where: local (processes on this machine) or slurm (jobs of a cluster).
         workers: worker processes at once, at most; 0 takes one per core, at scale full as many as the GPUs have room
-            for. With slurm: in each job.
+            for. With slurm: in each job, of what it has.
         runs_per_gpu: of them on each GPU; 0 has it measured.
         slurm: what to ask for there.
         stack: runs that are trained as one model, which differ in seed and learning rate alone: 0 takes several where

@@ -101,10 +101,13 @@ class Job:
     def seconds(self) -> float:
         """What the whole job took; without that, the training alone."""
         try:
-            values = parse_json(read_bytes(self.record.folder / JOB_FILE), JOB_FILE)
+            values = parse_json(read_bytes(path := self.record.folder / JOB_FILE), str(path))
         except FileNotFoundError:
             return self.record.outcome().seconds
-        return float(values["job_seconds"])
+        seconds = values.get("job_seconds")
+        if not isinstance(seconds, int | float):
+            raise InputError(f"cannot read {path}: job_seconds is {seconds!r:.60}; delete the file")
+        return float(seconds)
 
 
 def write_job(path: Path, job: Job) -> None:

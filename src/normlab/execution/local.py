@@ -74,7 +74,7 @@ class LocalWorkers:
     A worker that hangs is left alone: how long a step may take is not known here.
 
     Args:
-        size: the most workers.
+        size: the most workers; 0 for one per core, and not fewer than `runs_per_gpu` on each GPU.
         folder: for job files and logs of workers, by run id, and `needs.json`, what runs need.
         gpus: that workers use; none if they need none.
         runs_per_gpu: workers on each GPU; 0 has it measured.
@@ -94,11 +94,11 @@ class LocalWorkers:
         say: Callable[[str], None] = print,
         method: Method = METHOD,
     ) -> None:
-        self.size = size
         self.folder = folder
         self.gpus = gpus
         self.runs_per_gpu = runs_per_gpu
         self.cores = cores or available_cores()
+        self.size = size or max(self.cores, len(gpus) * max(1, runs_per_gpu))
         self._say = say
         self._method: Method = method
         self._sharing: Sharing | None = None
@@ -231,7 +231,7 @@ def _start(paths: Sequence[Path], log: Path, changes: Mapping[str, str], method:
 def _begin(worker: Sequence[str], paths: Sequence[str], log: str, folder: str, environment: Mapping[str, str]) -> None:
     """In the new process: run the program `worker` as Python would with these arguments, in the caller's surroundings,
     which may have changed since the server began."""
-    file = os.open(log, os.O_WRONLY)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)  # a worker of another study may have the same log
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.setsid()  # Ctrl-C in the terminal is the parent's to pass on

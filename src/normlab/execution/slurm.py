@@ -135,7 +135,7 @@ class SlurmEngine:
 
     @property
     def free(self) -> int:
-        """None while as many jobs as asked for are under way: SLURM bounds one array alone, and a study sends many
+        """No group while as many jobs as asked for are under way: SLURM bounds one array alone, and a study sends many
         as its runs become ready."""
         if self.options.array_parallelism and self._tasks_left >= self.options.array_parallelism:
             return 0
@@ -426,7 +426,7 @@ def _workers(asked: int, runs_per_gpu: int, folder: Path) -> LocalWorkers:
     # Where SLURM does not bind processes to cores, it only says how many they may use.
     cores = max(1, min(available_cores(), int(os.environ.get("SLURM_CPUS_ON_NODE", available_cores()))))
     # Where nobody says which GPUs there are, one run at a time has what torch finds.
-    size = asked or (1 if has_gpus and not gpus else max(cores, len(gpus) * max(1, runs_per_gpu)))
+    size = asked or (1 if has_gpus and not gpus else 0)
     return LocalWorkers(size, folder, gpus=gpus, runs_per_gpu=runs_per_gpu, cores=cores, say=_say)
 
 

@@ -3,6 +3,7 @@ nothing is known of limits."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,8 @@ def core_quota() -> float | None:
 
 
 def available_memory_mib() -> float | None:
-    """Memory that can still be taken, by the machine's and by the control groups' reckoning; None if nobody says."""
+    """Memory that can still be taken, by the machine's and by the control groups' reckoning, and no more than SLURM
+    gave; None if nobody says."""
     lines = _read(ROOT / "proc" / "meminfo").splitlines()
     left = [float(line.split()[1]) / 2**10 for line in lines if line.startswith("MemAvailable:")]
     for group in _groups("memory"):
@@ -37,6 +39,11 @@ def available_memory_mib() -> float | None:
         stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
         idle = stat.get("total_inactive_file", stat.get("inactive_file", 0))
         left.append((float(limit) - float(used) + float(idle)) / 2**20)
+    # Where SLURM does not hold its jobs to it by control groups, it only says what they may take.
+    for name, times in (("SLURM_MEM_PER_NODE", "1"), ("SLURM_MEM_PER_CPU", os.environ.get("SLURM_CPUS_ON_NODE", "1"))):
+        granted = os.environ.get(name, "0")  # 0: all there is
+        if granted.isdecimal() and times.isdecimal() and int(granted) > 0:
+            left.append(float(granted) * int(times))
     return max(0.0, min(left)) if left else None
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import stat
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "append",
     "last_rows",
     "parse_json",
+    "parse_row",
     "read_bytes",
     "read_yaml",
     "require_plain_files",
@@ -159,9 +161,9 @@ def _naming(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replace `path` by `text`: whoever reads sees the old file or the new one, also after a kill or a full disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Not a process id: on a disk that nodes or containers share, two may have the same.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
-        temporary.unlink(missing_ok=True)
         with _naming(path), temporary.open("x", encoding="utf-8") as file:  # x: not what a link of that name leads to
             file.write(text)
             file.flush()
@@ -197,6 +199,7 @@ def last_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         InputError: a row is damaged, or the file is a pipe or a device.
     """
+    where = f"a row of {path}"
     with suppress(FileNotFoundError), _plain_file(path) as file:
         end = file.seek(0, os.SEEK_END)
         begun = b""  # the end of a row whose beginning is in the block before
@@ -209,14 +212,20 @@ def last_rows(path: Path) -> Iterator[dict[str, Any]]:
                 lines.pop()
                 is_torn = False
             for line in reversed(lines):
-                yield _row(line, path)
+                yield parse_row(line, where)
             end = start
         if not is_torn:
-            yield _row(begun, path)
+            yield parse_row(begun, where)
 
 
-def _row(line: bytes, path: Path) -> dict[str, Any]:
-    row = parse_json(line, f"a row of {path}")
-    if not ("step" in row and "seconds" in row):
-        raise InputError(f"a row of {path} has no step or seconds; move the record's folder away")
+def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    """A row of a curve: the JSON object in `line`, with a whole number `step` and a number `seconds`.
+
+    Raises:
+        InputError: it is none; `where` names the place.
+    """
+    row = parse_json(line, where)
+    step, seconds = row.get("step"), row.get("seconds")
+    if not (isinstance(step, int) and isinstance(seconds, int | float)):
+        raise InputError(f"{where} lacks numbers step and seconds; the record is damaged: move its folder away")
     return row

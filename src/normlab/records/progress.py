@@ -9,11 +9,11 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -23,7 +23,7 @@ from normlab.records.disk import last_rows, read_bytes
 from normlab.records.notice import PlannedJob, StudyNotice, studies_under_way
 from normlab.records.record import RunRecord
 
-__all__ = ["STATES", "Progress", "RunStatus", "RunsFolder", "duration", "progress"]
+__all__ = ["SPLITS", "STATES", "Progress", "RunStatus", "RunsFolder", "duration", "progress"]
 
 StatusState = Literal["running", "failed", "damaged", "interrupted", "diverged", "finished", "waiting", "archived"]
 STATES: tuple[StatusState, ...] = (
@@ -84,13 +84,12 @@ def progress(folder: Path) -> Progress:
     found: dict[str, float] = {}
     speed: list[tuple[int, float]] = []
     step = 0
-    for row in islice(last_rows(folder / "metrics.jsonl"), MOST_ROWS):
-        step = step or int(row["step"])
-        for split in SPLITS:
-            if (loss := row.get(f"{split}_loss_nats")) is not None:
-                found.setdefault(split, float(loss))
+    path = folder / "metrics.jsonl"
+    for row in islice(last_rows(path), MOST_ROWS):
+        step = step or row["step"]
+        found = _losses(row, path) | found
         if "train_loss_nats" in row and len(speed) < ROWS_OF_SPEED:
-            speed.append((int(row["step"]), float(row["seconds"])))
+            speed.append((row["step"], row["seconds"]))
         if {"train", "valid"} <= found.keys() and len(speed) == ROWS_OF_SPEED:
             break
     losses = {split: found[split] for split in SPLITS if split in found}
@@ -98,6 +97,17 @@ def progress(folder: Path) -> Progress:
     if len(speed) > 1 and speed[0][0] > speed[-1][0]:
         seconds_per_step = (speed[0][1] - speed[-1][1]) / (speed[0][0] - speed[-1][0])
     return Progress(step, losses, seconds_per_step)
+
+
+def _losses(values: Mapping[str, Any], path: Path) -> dict[str, float]:
+    """Those of each split that has any, from a row or the results in `path`; `InputError` if one is no number."""
+    losses = {split: values.get(f"{split}_loss_nats") for split in SPLITS}
+    for split, loss in losses.items():
+        if not isinstance(loss, int | float | None):
+            raise InputError(
+                f"{path} has {loss!r:.60} for {split}_loss_nats; the record is damaged: move its folder away"
+            )
+    return {split: float(loss) for split, loss in losses.items() if loss is not None}
 
 
 def duration(seconds: float | None) -> str:
@@ -218,16 +228,15 @@ class RunsFolder:
         outcome = RunRecord(folder, _ANY_CONFIG).outcome()
         at = (folder / "outcome.json").stat().st_mtime
         if outcome.state == "finished":
-            losses = {split: outcome.results.get(f"{split}_loss_nats") for split in SPLITS}
-            known = {split: float(loss) for split, loss in losses.items() if loss is not None}
-            done = replace(planned, state=_archived(folder, "finished"), note=outcome.reason, losses_nats=known)
+            losses = _losses(outcome.results, folder / "outcome.json")
+            done = replace(planned, state=_archived(folder, "finished"), note=outcome.reason, losses_nats=losses)
             return replace(done, step=outcome.step), at
         curve = progress(folder)
         if curve.step:
             at = max(at, (folder / "metrics.jsonl").stat().st_mtime)
         status = replace(planned, step=max(outcome.step, curve.step), losses_nats=curve.losses_nats)
         status = replace(status, silent_seconds=max(0.0, time.time() - at))
-        elsewhere = outcome.reason == "killed" and self._lives_elsewhere(folder.name, at)
+        elsewhere = self._lives_elsewhere(folder.name, at, is_killed=outcome.reason == "killed")
         if outcome.state == "running" or elsewhere:
             return _running(folder, status, curve, elsewhere), at
         note = outcome.reason
@@ -235,9 +244,12 @@ class RunsFolder:
             note = "killed, or on another machine whose lock is not seen here"
         return replace(status, state=_archived(folder, outcome.state), note=note), at
 
-    def _lives_elsewhere(self, name: str, at: float) -> bool:
-        """Whether rows came since the last look although nobody holds the lock: locks of other machines may be
+    def _lives_elsewhere(self, name: str, at: float, is_killed: bool) -> bool:
+        """Whether rows came since the last look although nobody held the lock: locks of other machines may be
         invisible, rows are not."""
+        if not is_killed:
+            self._rows_at.pop(name, None)  # rows that come until the next look are its holder's
+            return False
         if self._rows_at.setdefault(name, at) < at:
             self._rows_at[name] = self._grew[name] = at
         return time.time() - self._grew.get(name, -math.inf) < FRESH_SECONDS
@@ -348,9 +360,9 @@ def _waiting(job: PlannedJob, record: RunStatus | None) -> RunStatus:
     """A job that waits in a study, which may have a record of an earlier try or be in the hands of another by now."""
     if record is None:
         return replace(_of_plan(job), state="failed" if job.has_failed else "waiting", note=job.note)
+    if record.state in ("waiting", "interrupted") and job.has_failed:
+        return replace(record, state="failed", note=job.note)
     if record.state == "interrupted":
-        if job.has_failed:
-            return replace(record, state="failed", note=job.note)
         return replace(record, state="waiting", note="to go on from its last checkpoint")
     return replace(record, note=job.note or "its probes wait") if record.state == "finished" else record
 

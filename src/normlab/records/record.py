@@ -34,6 +34,7 @@ from normlab.records.disk import (
     append,
     last_rows,
     parse_json,
+    parse_row,
     read_bytes,
     read_yaml,
     require_plain_files,
@@ -173,11 +174,7 @@ class RunRecord:
             lines = read_bytes(path).split(b"\n")[:-1]
         except FileNotFoundError:
             return []
-        rows = [parse_json(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
-        for number, row in enumerate(rows, 1):
-            if not ("step" in row and "seconds" in row):
-                raise InputError(f"{path} line {number} has no step or seconds; move the record's folder away")
-        return rows
+        return [parse_row(line, f"{path} line {number}") for number, line in enumerate(lines, 1)]
 
     def rewind(self, step: int) -> None:
         """Drop the rows after `step`: a run resumed from a checkpoint writes them again."""
@@ -244,7 +241,7 @@ class RunRecord:
         # How far it is stands in its last row alone.
         row = next(last_rows(self.folder / "metrics.jsonl"), None)
         if row is not None:
-            outcome = dataclasses.replace(outcome, step=int(row["step"]), seconds=float(row["seconds"]))
+            outcome = dataclasses.replace(outcome, step=row["step"], seconds=float(row["seconds"]))
         if self._lock.is_held_by_anyone():
             return outcome
         if (self._read_json("outcome.json") or {}).get("state") != "running":

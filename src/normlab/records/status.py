@@ -21,7 +21,7 @@ from normlab.config import InputError, require_choice
 from normlab.machine.terminal import printable
 from normlab.records.disk import to_json
 from normlab.records.notice import StudyNotice
-from normlab.records.progress import STATES, RunsFolder, RunStatus, duration
+from normlab.records.progress import SPLITS, STATES, RunsFolder, RunStatus, duration
 
 __all__ = ["Sort", "Wanted", "are_mirrored", "show_json", "show_status", "status_view", "watch_status"]
 
@@ -31,7 +31,6 @@ PROBLEM = "red"
 WIDE, WIDEST = 115, 130
 """Characters of a terminal that has room for all columns, and for bars too."""
 BAR_WIDTH = 12
-LOSSES = ("train", "valid", "test")
 MOST_IN_TERMINAL = 50
 EXPLAINED = ("failed", "damaged")
 """States whose reason is worth a line of its own where a column would cut it."""
@@ -230,8 +229,8 @@ def _columns(statuses: Sequence[RunStatus], console: Console) -> list[_Column]:
     if console.color_system and console.width >= WIDEST:
         columns.append(_Column("", _bar))
     columns.append(_Column("step", lambda one: Text(f"{one.step}/{one.steps}" if one.steps else ""), "right"))
-    for split in LOSSES if is_wide else ("valid",):
-        unit = "" if is_wide and split != LOSSES[-1] else " nats"
+    for split in SPLITS if is_wide else ("valid",):
+        unit = "" if is_wide and split != SPLITS[-1] else " nats"
         columns.append(_Column(f"{split}{unit}", lambda one, split=split: _loss(one, split), "right"))
     columns.append(_Column("left", lambda one: _duration(one.seconds_left), "right"))
     if is_wide:

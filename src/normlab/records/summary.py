@@ -12,11 +12,10 @@ from rich.table import Table
 from normlab.config import HuggingFaceConfig, InputError, RunConfig, model_label, run_id
 from normlab.machine.terminal import PlainConsole
 from normlab.records.environment import program
+from normlab.records.progress import SPLITS
 from normlab.records.record import RunRecord
 
 __all__ = ["show", "summary_rows"]
-
-SPLITS = ("train", "valid", "test")
 
 
 def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
@@ -27,7 +26,7 @@ def summary_rows(record: RunRecord) -> list[tuple[str, str]]:
     """
     try:
         return _rows(record)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(

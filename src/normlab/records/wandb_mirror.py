@@ -34,6 +34,8 @@ __all__ = ["Account", "WandbMirror", "mirror_probes"]
 
 ANSWER_SECONDS = 2.0
 INIT_SECONDS = 5.0
+OFFLINE_INIT_SECONDS = 60.0
+"""Of W&B's own processes on this machine alone, which many runs that begin at once keep busy."""
 FINISH_SECONDS = 5.0
 ROWS_APART = 10_000
 """Between the rows of different probes in W&B's own count: it wants each number once, whichever part they come in."""
@@ -201,7 +203,7 @@ def _probed(record: RunRecord) -> dict[str, Any]:
     summary: dict[str, Any] = {}
     for path in sorted((record.folder / "probes").glob("*.json")):
         values = record.probe(path.stem)
-        if values["runs"] == [record.id]:
+        if len(values.get("runs", ())) == 1:  # by its name then, which is another once the record was moved aside
             summary |= probe_summary(values["probe"], values["summary"])
     return summary
 
@@ -246,7 +248,7 @@ def _init(wandb: Any, config: RunConfig, record_folder: Path, mode: str, suffix:
         x_disable_machine_info=True,
         x_save_requirements=False,
         use_dot_wandb=False,
-        init_timeout=INIT_SECONDS,
+        init_timeout=OFFLINE_INIT_SECONDS if mode == "offline" else INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,
         finish_timeout_raises=True,
         # `make watch` shows a running run as of the last flush.
@@ -290,7 +292,8 @@ def _wandb_id(record_folder: Path) -> str:
     The agent of a sweep gives its runs ids of its own, which W&B then takes in place of any other. An id is part of a
     path and chooses the run that is written to, so that one of a form that neither has is replaced.
     """
-    path, name = record_folder / "wandb_id", record_folder.name
+    path = record_folder / "wandb_id"
+    name = re.sub(r"\.\d+$", "", record_folder.name)  # moved aside, it is still the same run there
     try:
         kept = read_bytes(path).decode("utf-8", "replace").strip()
     except FileNotFoundError:

@@ -13,7 +13,6 @@ from normlab.execution.engine import Engine, ExecutionOptions
 from normlab.execution.gpus import visible_gpus
 from normlab.execution.local import LocalWorkers
 from normlab.execution.slurm import SlurmEngine
-from normlab.records.environment import available_cores
 from normlab.study.plan import Study
 from normlab.study.running import run_study
 from normlab.study.showing import list_claims, print_plan, study_console
@@ -65,7 +64,6 @@ def _engine(options: ExecutionOptions, scale: Scale, folder: Path, console: Cons
         )
         raise InputError(f"runs-per-gpu is {options.runs_per_gpu}, but there is no GPU to share: {why}; leave it out")
     # Where nobody says which GPUs there are, one run at a time has what torch finds.
-    size = available_cores() if scale == "small" or gpus else 1
-    workers = options.workers or max(size, len(gpus) * max(1, options.runs_per_gpu))
-    at_once = min(workers, len(gpus) * max(1, options.runs_per_gpu)) if gpus else workers
-    return LocalWorkers(workers, folder, gpus=gpus, runs_per_gpu=options.runs_per_gpu, say=say), at_once
+    size = options.workers or (1 if scale == "full" and not gpus else 0)
+    workers = LocalWorkers(size, folder, gpus=gpus, runs_per_gpu=options.runs_per_gpu, say=say)
+    return workers, min(workers.size, len(gpus) * max(1, options.runs_per_gpu)) if gpus else workers.size

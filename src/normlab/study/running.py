@@ -68,6 +68,7 @@ class _Runner:
         self.attempts: Counter[str] = Counter()
         self.failed: dict[str, str] = {}
         self.written: set[str] = set()
+        self.unwritten: dict[str, str] = {}
 
     def run(self, engine: Engine, display: Display) -> None:
         states, looked = self._look(), time.monotonic()
@@ -76,8 +77,7 @@ class _Runner:
             wanted = {run.id for state in states for run in state.missing} | self.attempts.keys()
             busy = [job for job in engine.jobs if job.id in wanted]  # it may know of jobs of other studies
             display.show(states, busy, elsewhere)
-            waits_for_room = not engine.free and any(state.missing for state in states)
-            if not busy and not elsewhere and not waits_for_room:
+            if not busy and not elsewhere and (engine.free or not self._left(states)):
                 return
             time.sleep(POLL_SECONDS)
             over = [ended for ended in engine.ended() if ended.job.id in wanted]
@@ -109,14 +109,16 @@ class _Runner:
         try:
             self.study.write(state)
         except InputError as error:
-            self.console.print(f"{state.claim.id}: {error}", highlight=False, markup=False, soft_wrap=True)
+            if self.unwritten.get(state.claim.id) != str(error):  # in the end all are written once more
+                self.console.print(f"{state.claim.id}: {error}", highlight=False, markup=False, soft_wrap=True)
+            self.unwritten[state.claim.id] = str(error)
 
     def _fill(self, engine: Engine, states: Sequence[ClaimState]) -> list[Job]:
         """Give the engine as many groups as it takes, of jobs that can be stacked, or of one; returns the jobs that
         another process has in hand, or just had."""
         busy = {job.id for job in engine.jobs}
         free, elsewhere = engine.free, []
-        jobs = [job for job in self.study.jobs(states) if job.id not in busy and job.id not in self.failed]
+        jobs = [job for job in self._left(states) if job.id not in busy]
         # No worker is to wait for want of jobs that are stacked elsewhere.
         largest = min(self.stack or MOST, math.ceil(len(jobs) / max(1, free)))
         groups: list[list[Job]] = []
@@ -134,6 +136,10 @@ class _Runner:
                 group.append(job)
         self._start(engine, groups)
         return elsewhere
+
+    def _left(self, states: Sequence[ClaimState]) -> list[Job]:
+        """Jobs that may be tried, now or once there is room."""
+        return [job for job in self.study.jobs(states) if job.id not in self.failed]
 
     def _may_join(self, first: Job, job: Job) -> bool:
         if self.attempts[first.id] or self.attempts[job.id]:
