@@ -120,15 +120,21 @@ def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def half_written(trainer: pl.Trainer, path: Path, **_: object) -> None:
+    path.write_bytes(b"half")
+    full_disk()
+
+
 def test_a_full_disk_is_said_in_one_line(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
     config = tiny_run()
     with monkeypatch.context() as patch:
-        patch.setattr(pl.Trainer, "save_checkpoint", full_disk)
+        patch.setattr(pl.Trainer, "save_checkpoint", half_written)
         with pytest.raises(InputError, match=r"the disk of .* is full; free some space, then run the same command"):
             train(config)
     record = record_of(config)
     assert record.outcome().state == "failed"
     assert "No space left" in record.outcome().reason
+    assert not list(record.checkpoints.iterdir()), "half a checkpoint takes the room that the outcome needs"
     assert train(config).outcome().state == "finished"
 
 
