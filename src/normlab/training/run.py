@@ -237,7 +237,8 @@ class _Run:
         resume = self._resume_path()
         # A run that goes on keeps the products and the engine it began with, whatever this machine's are by now.
         begun = self.record.environment() if resume else {}
-        begun_with = bool(begun.get("kernels")) if begun else None
+        # None: it began on a GPU, and nothing was decided. Nothing is written: there were no kernels yet.
+        begun_with = begun.get("kernels", False) if begun else None
         with (
             products.kept(begun.get("products", {}).get("onednn")),
             one_engine(self.module, self.trainer, begun_with) as on_kernels,
