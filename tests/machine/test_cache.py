@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_one_whose_place_others_can_take_is_not_used(tmp_path: Path) -> None:
     assert not cache.folder().is_relative_to(tmp_path)
     (tmp_path / "cache").chmod(0o1777)  # as /tmp is
     assert cache.folder().is_relative_to(tmp_path)
+
+
+def test_one_for_a_process_goes_with_it(tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("no folder can be made here")
+    command = "from normlab.machine import cache; folder = cache.folder(); print(folder, folder.is_dir())"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    folder, was_there = done.stdout.split()
+    assert was_there == "True"
+    assert not Path(folder).exists()
 
 
 def test_whose_file_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,13 @@ def test_where_torch_operators_must_serve(calls: list[str]) -> None:
     assert not calls
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_mask_that_is_not_boolean_is_refused(dtype: torch.dtype) -> None:
+    """As by all other norms; the kernels would read its bytes."""
+    with pytest.raises(RuntimeError, match="boolean"):
+        build_norm("inorm", 4)(drawn(2, 5, 4, dtype=torch.float32), torch.ones(2, 5, dtype=dtype))
+
+
 def test_bfloat16_gets_statistics_of_float32() -> None:
     norm = build_norm("inorm", 4)
     x = drawn(2, 5, 4, dtype=torch.bfloat16)

@@ -96,8 +96,9 @@ def test_kills_at_any_moment_leave_a_readable_record(tmp_path: Path) -> None:
         assert (outcome.state, outcome.reason) == ("interrupted", "killed")
         record.environment()
         assert all(row["train_loss_nats"] > 0 for row in record.metrics())
+    (record.checkpoints / ".best.ckpt.tmp").write_bytes(b"half")
     record.start()
-    assert not list(record.folder.glob(".*.tmp"))
+    assert not list(record.folder.rglob(".*.tmp"))
 
 
 def test_a_torn_row_is_left_out_and_cut_before_the_next(tmp_path: Path) -> None:

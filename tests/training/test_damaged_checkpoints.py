@@ -150,9 +150,11 @@ def test_two_damaged_ones_are_named_and_stay(stopped: RunRecord):
     assert stopped.metrics() == rows
 
 
-def test_a_checkpoint_of_another_model_is_not_gone_on_from(stopped: RunRecord):
+@pytest.mark.parametrize("odd", [{"state_dict": {}}, {"global_step": "8"}])
+def test_a_checkpoint_of_another_model_is_not_gone_on_from(stopped: RunRecord, odd: dict[str, object]):
     for name in ("last", "previous"):
-        torch.save({"state_dict": {}}, stopped.checkpoints / f"{name}.ckpt")
+        path = stopped.checkpoints / f"{name}.ckpt"
+        torch.save({**torch.load(path, weights_only=True), **odd}, path)
     with pytest.raises(InputError, match=r"last\.ckpt is not a checkpoint of this run to resume from"):
         train(stopped.config)
 

@@ -130,6 +130,12 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(
     assert resumed.environment()["begun_with"]["threads"] == 1, "they decide the last bits"
 
 
+def test_a_run_without_a_checkpoint_to_go_on_from_begins(tiny_run: Build):
+    config = tiny_run(training__steps=2)
+    RunRecord.create(config).write_environment({"threads": 99, "kernels": True, "begun_with": {"threads": 98}})
+    assert "begun_with" not in train(config).environment(), "nothing of it rests on what was there before"
+
+
 def test_a_finished_run_is_not_trained_again_unless_asked(tiny_run: Build, capsys: pytest.CaptureFixture[str]):
     config = tiny_run()
     first = train(config)

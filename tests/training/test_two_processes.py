@@ -18,6 +18,7 @@ from test_run import numbers
 from normlab.config import InputError, RunConfig
 from normlab.machine.processes import Place, place_in_run
 from normlab.records.record import RunRecord, record_ids
+from normlab.training.module import TextModule
 from normlab.training.run import train
 
 pytestmark = pytest.mark.slow
@@ -166,6 +167,29 @@ def test_a_signal_saves_one_checkpoint_and_ends_all(pair: Build, tmp_path: Path,
     for program in programs:
         program.process.kill()
     assert f"going on from step {outcome.step} of" in programs[0].said
+
+
+def signal_in_the_last_validation() -> None:
+    """This process alone gets SIGTERM when there is no step left after which all would stop."""
+    end = TextModule.on_validation_epoch_end
+
+    def late(self: TextModule) -> None:
+        end(self)
+        if self.trainer.state.fn == "fit" and self.trainer.global_step == self.trainer.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    TextModule.on_validation_epoch_end = late
+
+
+def test_a_signal_after_the_last_step_ends_all(pair: Build, tmp_path: Path):
+    config = pair(training__steps=6)
+    arguments = train_config(config, tmp_path)
+    programs = torchrun(arguments, tmp_path / "log", before=(None, signal_in_the_last_validation))
+    assert codes(programs) == [143, 0], [program.said for program in programs]
+    outcome = record_of(config).outcome()
+    assert (outcome.state, outcome.reason, outcome.step) == ("interrupted", "SIGTERM", 6)
+    assert codes(torchrun(arguments, tmp_path / "again")) == [0, 0]
+    assert record_of(config).outcome().state == "finished"
 
 
 def test_a_killed_process_does_not_leave_the_other_hanging(pair: Build, tmp_path: Path):

@@ -5,10 +5,12 @@ Libraries in it are loaded into the process: nobody but the user may have put th
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
 import platform
+import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -65,7 +67,9 @@ def _open_to_others(path: Path) -> str:
 def _for_this_process(reason: str = "") -> Path:
     if reason:
         log.warning("%s", reason)
-    return Path(tempfile.mkdtemp(prefix="normlab-"))
+    path = Path(tempfile.mkdtemp(prefix="normlab-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
 
 
 def processor() -> str:

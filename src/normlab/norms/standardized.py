@@ -81,7 +81,7 @@ def by_prefix(
     Returns:
         y and the carry for the columns to come.
     """
-    library = _library(x_BTF, carry, weight, bias)
+    library = _library(x_BTF, mask_BT, carry, weight, bias)
     if library is not None:
         found: Any = _ByPrefixOnKernels.apply(x_BTF, weight, bias, mask_BT, carry, eps, library)
     elif carry is None and fused.applies():
@@ -92,13 +92,17 @@ def by_prefix(
     return y, Prefix(*after)
 
 
-def _library(x: Tensor, carry: Prefix | None, weight: Tensor | None, bias: Tensor | None) -> ctypes.CDLL | None:
+def _library(
+    x: Tensor, mask_BT: Tensor | None, carry: Prefix | None, weight: Tensor | None, bias: Tensor | None
+) -> ctypes.CDLL | None:
     """The kernels where they can serve; built only where a gradient is wanted."""
     # A recurrence that asks for column after column has the statistics so far in its carry: nothing is left to sum.
     if x.device.type != "cpu" or x.shape[1] < 2 or not x.numel() or not fused.applies():
         return None
     if carry is not None and any(value.requires_grad for value in carry):
         return None
+    if mask_BT is not None and mask_BT.dtype != torch.bool:
+        return None  # the kernels would read other bytes than are meant; torch operators refuse such a mask
     gradient = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (x, weight, bias))
     return (kernels.PREFIX.load if gradient else kernels.PREFIX.find)(x.dtype)
 

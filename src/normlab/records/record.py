@@ -152,7 +152,7 @@ class RunRecord:
             InputError: another process (or another `RunRecord` of this one) is training this run.
         """
         self._acquire()
-        for leftover in self.folder.glob(".*.tmp"):
+        for leftover in self.folder.rglob(".*.tmp"):  # a half-written checkpoint too
             # A config is written before the lock is taken, and another process may be at it.
             if not leftover.name.startswith(".config.yaml."):
                 leftover.unlink(missing_ok=True)

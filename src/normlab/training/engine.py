@@ -31,7 +31,7 @@ def one_engine(module: TextModule, trainer: pl.Trainer, begun_with: bool | None)
     the other one rounds differently, and the numbers would not be those of a run without interruption.
 
     Args:
-        begun_with: whether the run began on C kernels; None for a run that begins.
+        begun_with: whether the run began on C kernels; None for a run that begins, or did so on a GPU.
     """
     if trainer.strategy.root_device.type != "cpu":
         yield None

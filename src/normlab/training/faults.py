@@ -76,8 +76,15 @@ def require_same_text(record: RunRecord, text: PreparedText) -> None:
 
 def belongs_to(stored: Any, module: TextModule) -> bool:
     """Whether `stored` is a whole checkpoint (not weights alone) of a model of the same shapes."""
-    parts = ("state_dict", "global_step", "loops", "callbacks", "optimizer_states", "pytorch-lightning_version")
-    if not (isinstance(stored, dict) and all(part in stored for part in parts)):
+    parts = {
+        "state_dict": dict,
+        "global_step": int,
+        "loops": dict,
+        "callbacks": dict,
+        "optimizer_states": list,
+        "pytorch-lightning_version": str,
+    }
+    if not (isinstance(stored, dict) and all(isinstance(stored.get(part), kind) for part, kind in parts.items())):
         return False
     shapes = {name: value.shape for name, value in module.state_dict().items()}
     return shapes == {name: getattr(value, "shape", None) for name, value in stored["state_dict"].items()}

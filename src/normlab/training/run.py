@@ -29,7 +29,7 @@ from normlab.machine import products
 from normlab.machine.processes import Place, ProcessError, place_in_run
 from normlab.machine.terminal import PlainConsole
 from normlab.models.huggingface import require_architecture
-from normlab.records.environment import collect_environment
+from normlab.records.environment import available_cores, collect_environment
 from normlab.records.record import Outcome, RunRecord, record_ids
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.training.datamodule import TextDataModule, WholeRun
@@ -151,7 +151,7 @@ def _set_threads(threads: int, processes: int) -> None:
     Now, and not by Lightning when the processes start: the products that are recorded are those of a number of threads.
     """
     if processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-        threads = threads or max(1, (os.cpu_count() or 1) // processes)
+        threads = threads or max(1, available_cores() // processes)
         os.environ["OMP_NUM_THREADS"] = str(threads)
     if threads:
         torch.set_num_threads(threads)
@@ -240,12 +240,16 @@ class _Run:
         resume = self._resume_path()
         # A run that goes on keeps the products and the engine it began with, whatever this machine's are by now.
         begun = self.record.environment() if resume else {}
-        begun_with = bool(begun.get("kernels")) if begun else None
+        # None: it began on a GPU, and nothing was decided. Nothing is written: there were no kernels yet.
+        begun_with = begun.get("kernels", False) if begun else None
         with (
             products.kept(begun.get("products", {}).get("onednn")),
             one_engine(self.module, self.trainer, begun_with) as on_kernels,
         ):
-            outcome = self._train(on_kernels, resume)
+            if self.place.is_first:
+                self._write_environment(on_kernels, begun)
+                self.text.tokenizer.save(self.record.tokenizer_path)
+            outcome = self._train(resume)
         if self.place.is_first and outcome.state != "interrupted":
             self.checkpoints.previous.unlink(missing_ok=True)
         return outcome
@@ -259,10 +263,7 @@ class _Run:
             process.wait()
         others.clear()  # Lightning watches this list, and kills this process too once it sees that one has ended
 
-    def _train(self, on_kernels: bool | None, resume: Path | None) -> Outcome:
-        if self.place.is_first:
-            self._write_environment(on_kernels)
-            self.text.tokenizer.save(self.record.tokenizer_path)
+    def _train(self, resume: Path | None) -> Outcome:
         self._add_callbacks()
         with _quiet_lightning(), self.signals:
             self.trainer.fit(
@@ -274,9 +275,10 @@ class _Run:
             )
             if self.guard.diverged:
                 return self._outcome("diverged", self.guard.reason, self._results(evaluated={}))
-            if self.signals.received is None and self.signals.is_paused:
+            is_stopped = self.signals.is_received(self.trainer)  # a signal may have come after the last step
+            if self.signals.is_paused and not is_stopped:
                 return self._outcome("interrupted", "paused", {})
-            if self.signals.received is None:
+            if not is_stopped:
                 self.signals.at_once = True
                 return self._outcome("finished", self._why_finished(), self._results(self._evaluate()))
         return self._outcome("interrupted", signal.Signals(self.signals.received).name, {})
@@ -355,7 +357,12 @@ class _Run:
     def _outcome(self, state: Any, reason: str, results: dict[str, float | int | str]) -> Outcome:
         return Outcome(state, reason, self.step, self.stopwatch.seconds, results)
 
-    def _write_environment(self, on_kernels: bool | None) -> None:
+    def _write_environment(self, on_kernels: bool | None, before: dict[str, Any]) -> None:
+        """Record what the run rests on; what the user must know of it at once is said too.
+
+        Args:
+            before: what is recorded of a run that goes on from a checkpoint; empty for one that begins.
+        """
         environment = collect_environment(device_names(self.trainer))
         environment["data"] = data_facts(self.text, self.config)
         environment["sites"] = site_facts(self.module)
@@ -398,7 +405,6 @@ class _Run:
         if leaks:
             environment["leaks"] = leaks
             self._say(leak_warning(self.module))
-        before = self.record.environment()
         if before:
             kept = ("machine", "versions", "git", "threads")
             begun_with = {name: before[name] for name in kept if name in before}

@@ -92,13 +92,14 @@ class StopSignals(pl.Callback):
             return
         if step >= trainer.max_steps:
             trainer.should_stop = True  # so that Lightning validates after the last step too
-        elif self._is_received(trainer) or step == self.pause_at:
+        elif self.is_received(trainer) or step == self.pause_at:
             self.is_paused = step == self.pause_at
             trainer.should_stop = True
             if not is_validation_due(trainer, self.valid_every):
                 trainer.limit_val_batches = 0  # else Lightning validates at any early end
 
-    def _is_received(self, trainer: pl.Trainer) -> bool:
+    def is_received(self, trainer: pl.Trainer) -> bool:
+        """Whether any process of the run has received a signal; all of them must ask."""
         if trainer.world_size == 1:
             return self.received is not None
         # Processes must stop at the same step. They wait for each other at every step as it is.
@@ -255,7 +256,12 @@ class Checkpoints(Checkpoint):
     def _replace(self, trainer: pl.Trainer, path: Path, write: Callable[[Path], None]) -> None:
         with self.stopwatch.held():
             beside = path.with_name(f".{path.name}.tmp")
-            write(beside)
+            try:
+                write(beside)
+            except BaseException:
+                if trainer.is_global_zero:
+                    beside.unlink(missing_ok=True)  # on a full disk it would leave no room for the outcome
+                raise
             if trainer.is_global_zero:
                 if path == self.last and path.exists() and not self.last_is_damaged:
                     path.replace(self.previous)
