@@ -128,6 +128,21 @@ def test_jobs_that_a_worker_leaves_since_a_stack_is_slower_have_not_failed(study
     assert len(said.splitlines()) == 17, "a line per run, none for what was left, and the summary"
 
 
+def test_what_failed_in_a_group_is_tried_alone(study: Study):
+    """A worker that is killed, or ends with an error in one run, takes all runs of its group with it."""
+
+    class Dies(Engine):
+        def start(self, groups: Sequence[Sequence[Job]]) -> None:
+            whole = [group for group in groups if len(group) > 1]
+            super().start([group for group in groups if len(group) == 1])
+            self.groups += [list(group) for group in whole]
+            self.jobs += [job for group in whole for job in group]
+
+    engine = Dies(2)
+    run(study, engine, 4)
+    assert sizes(engine) == [4, 4, *[1] * 8] * 2
+
+
 def test_a_claim_about_seconds_has_its_runs_trained_alone(tiny_text: Path, tmp_path: Path, study: Study):
     output = study.output
     timed = tiny_claim(tiny_text, "z9_seconds", SECONDS, (1e-2,), SEEDS)

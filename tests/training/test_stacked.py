@@ -16,14 +16,14 @@ import torch
 from normlab.config import InputError, RunConfig, available_norms
 from normlab.data.prepared import prepare
 from normlab.records.record import RunRecord
-from normlab.training import stacked_gain
+from normlab.training import stacked, stacked_gain
 from normlab.training.datamodule import TextDataModule, WholeRun
 from normlab.training.module import TextModule
 from normlab.training.optim import build_optimizer
 from normlab.training.run import train
 from normlab.training.stackable import Gains, may_stack, obstacle, read_gains
 from normlab.training.stacked import train_stacked
-from normlab.training.stacked_model import StackedModel
+from normlab.training.stacked_model import RunLosses, StackedModel
 
 Build = Callable[..., RunConfig]
 TIMED = ("seconds", "tokens_per_second", "peak_memory_mib")
@@ -232,6 +232,56 @@ def test_a_stopped_stack_goes_on_in_part_stacked_in_part_by_itself(
     assert [record.environment()["stacked"]["from_step"] for record in rest] == [8, 8]
     for got, expected in zip([first, *rest], alone, strict=True):
         assert_same_run(got, expected, stopped_at=6)
+
+
+def test_a_batch_that_is_no_number_makes_a_validation_loss_infinite_as_it_does_alone(
+    tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+):
+    evaluate, seen = StackedModel.evaluate, []
+
+    def lost(self: StackedModel, batch: Any) -> RunLosses:
+        losses = evaluate(self, batch)
+        if not seen:
+            losses.nats[1] = math.nan
+        seen.append(batch)
+        return losses
+
+    monkeypatch.setattr(StackedModel, "evaluate", lost)
+    kept, diverged = (
+        record.outcome() for record in train_stacked([at(tiny_run(model="mlp"), seed, 1e-3) for seed in (1, 2)])
+    )
+    assert len(seen) > 1, "of several batches"
+    assert kept.state == "finished"
+    assert (diverged.state, diverged.reason.split(" nats")[0]) == ("diverged", "validation loss inf")
+
+
+def test_a_signal_in_the_last_validation_stops_a_stack(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
+    evaluate = StackedModel.evaluate
+    config = tiny_run(model="mlp", training__valid_every=1000)
+
+    def stopped(self: StackedModel, batch: Any) -> RunLosses:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, batch)
+
+    monkeypatch.setattr(StackedModel, "evaluate", stopped)
+    configs = [at(config, seed, 1e-3) for seed in (1, 2)]
+    steps = config.training.steps
+    assert [(r.outcome().reason, r.outcome().step) for r in train_stacked(configs)] == [("SIGTERM", steps)] * 2
+    assert [record.outcome().state for record in train_stacked(configs)] == ["finished"] * 2
+
+
+def test_a_run_that_another_process_ended_meanwhile_stays_as_it_is(tiny_run: Build, monkeypatch: pytest.MonkeyPatch):
+    configs = [at(tiny_run(model="mlp"), seed, 1e-3) for seed in (1, 2, 3)]
+    advance = stacked._advance
+
+    def late(*args: Any) -> bool:
+        train(configs[0])
+        return advance(*args)
+
+    monkeypatch.setattr(stacked, "_advance", late)
+    records = train_stacked(configs)
+    assert [record.outcome().state for record in records] == ["finished"] * 3
+    assert ["stacked" in record.environment() for record in records] == [False, True, True]
 
 
 def test_runs_that_have_done_unlike_numbers_of_steps_are_not_stacked(tiny_run: Build):

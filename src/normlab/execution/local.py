@@ -231,7 +231,7 @@ def _start(paths: Sequence[Path], log: Path, changes: Mapping[str, str], method:
 def _begin(worker: Sequence[str], paths: Sequence[str], log: str, folder: str, environment: Mapping[str, str]) -> None:
     """In the new process: run the program `worker` as Python would with these arguments, in the caller's surroundings,
     which may have changed since the server began."""
-    file = os.open(log, os.O_WRONLY)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND)  # a worker of another study may have the same log
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.setsid()  # Ctrl-C in the terminal is the parent's to pass on

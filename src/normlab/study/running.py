@@ -142,6 +142,8 @@ class _Runner:
         return [job for job in self.study.jobs(states) if job.id not in self.failed]
 
     def _may_join(self, first: Job, job: Job) -> bool:
+        if self.attempts[first.id] or self.attempts[job.id]:
+            return False  # what failed in a group is tried by itself: it may not have been its own fault
         one, other = (self._key(each) for each in (first, job))
         return bool(one) and one == other
 
@@ -169,7 +171,7 @@ class _Runner:
     def _was_left(self, job: Job) -> bool:
         """Whether the job was offered as part of a stack, and left because that would be slower."""
         runs = self._offered.pop(job.id, 1)
-        return runs > 1 and not self.stack and read_gains(job.config).is_worthwhile(runs) is False
+        return runs > 1 and not job.is_done() and not self.stack and read_gains(job.config).is_worthwhile(runs) is False
 
     def _note(self, ended: Ended, engine: Engine) -> None:
         job = ended.job

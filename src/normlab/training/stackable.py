@@ -65,7 +65,7 @@ class Gains:
     """What was measured for runs of one likeness.
 
     Args:
-        where: machine, device and versions; elsewhere it must be measured anew.
+        where: machine, device and versions of the worker that measured; a worker elsewhere measures anew.
         by_runs: seconds of one run's step by itself, as a multiple of its share of a step of a stack of so many runs.
     """
 

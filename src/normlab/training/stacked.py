@@ -31,7 +31,7 @@ from normlab.models.recurrent import Recurrent
 from normlab.records.record import Outcome, RunRecord
 from normlab.records.wandb_mirror import WandbMirror
 from normlab.training.datamodule import TextDataModule, WholeRun
-from normlab.training.facts import run_facts
+from normlab.training.facts import prefix_norms, run_facts
 from normlab.training.faults import belongs_to, failure, require_accelerator, require_same_text
 from normlab.training.module import TextModule
 from normlab.training.optim import rate_factor
@@ -139,7 +139,9 @@ def _advance(text: PreparedText, alike: Sequence[tuple[RunRecord, dict[str, Any]
 
 
 def _is_ours(record: RunRecord) -> bool:
-    """Claim the record; False if another process has it by now."""
+    """Claim the record; False if another process has it by now, or had it and ended the run."""
+    if record.outcome().state != "interrupted":
+        return False
     try:
         record.start()
     except InputError:
@@ -317,6 +319,7 @@ class _Stack:
     def __init__(self, text: PreparedText, runs: Sequence[_Run], clock: Stopwatch) -> None:
         self.text, self.clock = text, clock
         self.runs = list(runs)
+        self._shared_seconds = 0.0  # of the clock, which the runs have their shares of
         config = runs[0].config
         self.training = config.training
         for run in runs:
@@ -332,6 +335,8 @@ class _Stack:
             fact: dict[str, Any] = {"runs": len(runs), "place": place, "from_step": run.step}
             if any(isinstance(part, Recurrent) for part in run.module.modules()):
                 fact["recurrence"] = "reference"  # kernels do not know the run axis
+            if prefix_norms(run.module):
+                fact["prefix_statistics"] = "torch operators"
             environment["stacked"] = fact
             run.record.write_environment(environment)
 
@@ -350,16 +355,20 @@ class _Stack:
                     said, run = time.monotonic(), self.runs[0]
                     losses = " ".join(f"{float(run.module.last_loss_nats):.3f}" for run in self.runs)
                     print(f"step {run.step}/{self.training.steps}: losses {losses} nats", flush=True)
+            if self.signals.received is not None:  # it came after the last step, in the validation
+                self._interrupt()
+                return False
         return True
 
     def _step(self) -> bool:
         """One step of all runs; whether it is to be the last one, because a signal came."""
-        began = self.clock.seconds
         step = self.runs[0].step
         batches = [next(run.batches) for run in self.runs]
         rates = [run.rate(step) for run in self.runs]
         numbers = self.model.step(batches, rates)
-        share = (self.clock.seconds - began) / len(self.runs)
+        # Since the last step, and not its beginning: a GPU is waited for where a loss is read.
+        seconds = self.clock.seconds
+        share, self._shared_seconds = (seconds - self._shared_seconds) / len(self.runs), seconds
         stopping = self.signals.received is not None
         for run, batch, of_run in zip(self.runs, batches, _by_run(numbers, rates), strict=True):
             run.seconds.set(run.seconds.seconds + share)
@@ -371,16 +380,15 @@ class _Stack:
         return stopping
 
     def _validate(self) -> None:
-        totals = torch.zeros(4, len(self.runs), dtype=torch.float64, device=self.model.device)
+        totals = torch.zeros(3, len(self.runs), dtype=torch.float64, device=self.model.device)
         for batch in self.valid:
             nats, predictions, correct = self.model.evaluate(batch)
-            # The mean of a run by itself, torchmetrics' MeanMetric, leaves out a batch whose loss is NaN.
-            counted = predictions.where(~nats.isnan(), 0)
-            totals += torch.stack([nats.where(counted > 0, 0), counted, correct, predictions])
-        nats, counted, correct, predictions = totals.cpu()
+            lost = torch.full_like(nats, float("inf"))  # as `TextModule.nats` takes a batch that is no number
+            totals += torch.stack([nats.where(~nats.isnan(), lost), correct, predictions])
+        nats, correct, predictions = totals.cpu()
         for place, run in enumerate(self.runs):
             if not run.guard.diverged:
-                loss, accuracy = float(nats[place] / counted[place]), float(correct[place] / predictions[place])
+                loss, accuracy = float(nats[place] / predictions[place]), float(correct[place] / predictions[place])
                 run.after_validation(run.module.evaluation_metrics(loss, accuracy))
 
     def _drop_diverged(self) -> None:

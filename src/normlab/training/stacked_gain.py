@@ -75,10 +75,10 @@ def measure_gain(configs: Sequence[RunConfig]) -> float:
         optimizer.step()
         optimizer.zero_grad()
 
-    alone = _seconds(single, device)
-    if alone > LONGEST_STEP_SECONDS:
-        return 0.0
     try:
+        alone = _seconds(single, device)
+        if alone > LONGEST_STEP_SECONDS:
+            return 0.0
         stack = StackedModel(models, config.optim, text)
         together = _seconds(lambda step: stack.step(of_step[step], [1e-6] * len(configs)) and None, device)
     except RuntimeError:  # out of memory, or an operator that knows no run axis
