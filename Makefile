@@ -16,7 +16,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 # make would look for commands in what it hands on.
-unexport NORM MODEL DATA SEED CONFIG CLAIM SCALE WHERE ENTITY PROJECT
+unexport NORM MODEL DATA SEED CONFIG CLAIM SCALE WHERE STACK ENTITY PROJECT
 
 # What a variable holds, as one word for the shell: neither make nor the shell looks for commands in it.
 quoted = '$(subst ','\'',$(value $(1)))'

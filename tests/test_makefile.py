@@ -36,7 +36,9 @@ def made(
     ready.touch()
     command = ["make", "-s", "-C", str(ROOT), target, f"PY={python}", f"READY={ready}"]
     command += [f"{name}={value}" for name, value in variables.items()]
-    clean = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    # `make test ARGS=...` hands its own variables on.
+    own = ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "ARGS")
+    clean = {name: value for name, value in os.environ.items() if name not in own}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env={**clean, **(environment or {})})
     return done.stdout.splitlines()
 

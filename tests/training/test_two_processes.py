@@ -27,6 +27,7 @@ Build = Callable[..., RunConfig]
 SHORT = {
     "training__steps": 20,
     "training__valid_every": 7,
+    "training__recompute_batches": 8,
     "training__activations_every": 0,  # they are those of the first one's part of a batch
     "training__accelerator": "cpu",
 }
