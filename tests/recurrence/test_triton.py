@@ -114,7 +114,7 @@ def test_in_the_interpreter() -> None:
 
 @on_either
 @settings(
-    max_examples=12,
+    max_examples=18,
     deadline=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
