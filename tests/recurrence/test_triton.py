@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from normlab.models.lstm import LSTM
 from normlab.norms import build_norm
-from normlab.recurrence import cuda, fast, reference
+from normlab.recurrence import cuda, fast, graphs, reference
 from normlab.recurrence.reference import SiteNorms, Weights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -313,11 +313,11 @@ class TestGraphs:
     )
     def fresh(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         if request.param == "interpreter":
-            monkeypatch.setattr(cuda, "_with_graphs", lambda device: os.environ.get("NORMLAB_CUDA_GRAPHS") != "0")
-            monkeypatch.setattr(cuda, "_record", Replayed)
-        cuda._graphs.clear()
+            monkeypatch.setattr(graphs, "_with_graphs", lambda device: os.environ.get("NORMLAB_CUDA_GRAPHS") != "0")
+            monkeypatch.setattr(graphs, "_record", Replayed)
+        graphs._graphs.clear()
         yield
-        cuda._graphs.clear()
+        graphs._graphs.clear()
 
     @pytest.mark.parametrize(("norm", "masked"), [("ln", True), ("bn_step", False)])
     def test_they_change_nothing(
@@ -326,26 +326,26 @@ class TestGraphs:
         with_graphs = trained(norm, 4, masked)
         assert caplog.text == ""
         # Called twice before backward; in evaluation bn_step has other kernels.
-        captured = sum(graphs.captured for graphs in cuda._graphs.values())
+        captured = sum(home.captured for home in graphs._graphs.values())
         assert captured == (2 if norm == "ln" else 4)
-        assert sum(len(graphs.idle) for graphs in cuda._graphs.values()) == captured
+        assert sum(len(home.idle) for home in graphs._graphs.values()) == captured
         monkeypatch.setenv("NORMLAB_CUDA_GRAPHS", "0")
-        cuda._graphs.clear()
+        graphs._graphs.clear()
         for one, other in zip(with_graphs, trained(norm, 4, masked), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-        assert not cuda._graphs
+        assert not graphs._graphs
 
     def test_more_calls_before_backward_than_graphs(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "MOST_GRAPHS", 3)
+        monkeypatch.setattr(graphs, "MOST_GRAPHS", 3)
         weights, norms = build(("ln",) * 3, 3, 4, bias=True, affine=True, seed=0)
         _, _, h, c = inputs_of(2, 2, 3, 4, False)
         xs = [torch.randn(2, 2, 3, dtype=torch.float64, device=DEVICE) for _ in range(6)]
         outs = [fast.lstm_layer(x, None, h, c, weights, norms)[0].square().sum() for x in xs]
         kept = [torch.autograd.grad(out, weights.hidden, retain_graph=True)[0] for out in outs]
-        (graphs,) = cuda._graphs.values()
-        assert (graphs.captured, len(graphs.idle)) == (3, 0)
+        (home,) = graphs._graphs.values()
+        assert (home.captured, len(home.idle)) == (3, 0)
         found = [torch.autograd.grad(out, weights.hidden)[0] for out in reversed(outs)][::-1]
-        assert len(graphs.idle) == 3
+        assert len(home.idle) == 3
         for x, one, other in zip(xs, kept, found, strict=True):
             out = reference.lstm_layer(x, None, h, c, weights, norms)[0].square().sum()
             torch.testing.assert_close(one, torch.autograd.grad(out, weights.hidden)[0], **EXACT)
@@ -363,25 +363,25 @@ class TestGraphs:
 
         for one, other in zip(values(fast.lstm_layer, norms), values(reference.lstm_layer, twins), strict=True):
             torch.testing.assert_close(one, other, **EXACT)
-        (graphs,) = cuda._graphs.values()
+        (home,) = graphs._graphs.values()
         # A second, since what the last call returned is there while the next one runs.
-        assert (graphs.captured, len(graphs.idle)) == (2, 2)
+        assert (home.captured, len(home.idle)) == (2, 2)
 
     def test_forgotten_when_not_called_for_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda, "CALLS_UNTIL_FORGOTTEN", 4)
+        monkeypatch.setattr(graphs, "CALLS_UNTIL_FORGOTTEN", 4)
         weights, norms = build(("none",) * 3, 3, 4, bias=True, affine=True, seed=0)
         for length in (1, 1, 1, 2, 2, 2, 2, 2):
             x, _, h, c = inputs_of(1, length, 3, 4, False)
-            assert 1 in {shape.length for shape in cuda._graphs} or length == 1
+            assert 1 in {shape.length for _, shape in graphs._graphs} or length == 1
             fast.lstm_layer(x, None, h, c, weights, norms)
-        assert {shape.length for shape in cuda._graphs} == {2}
+        assert {shape.length for _, shape in graphs._graphs} == {2}
 
     def test_a_capture_that_fails_goes_on_without(
         self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         with_graphs = trained("bn_step", 4)
-        cuda._graphs.clear()
-        record = cuda._record
+        graphs._graphs.clear()
+        record = graphs._record
 
         def failing(launch: Any, pool: Any = None) -> Any:
             def launch_and_fail() -> None:
@@ -392,7 +392,7 @@ class TestGraphs:
             graph.replay()
             return graph
 
-        monkeypatch.setattr(cuda, "_record", failing)
+        monkeypatch.setattr(graphs, "_record", failing)
         for one, other in zip(with_graphs, trained("bn_step", 4), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
         assert caplog.text.count("not in a capture") == 2  # in training, in evaluation
@@ -491,9 +491,9 @@ def test_compiled_for_a_gpu_that_is_not_here(
     shape = cuda._Shape(DEVICE, 0, 2, rows, hidden, torch.float32, product_dtype, True, True, "none", sites)
     monkeypatch.setattr(triton.runtime.driver, "_active", _AbsentGpu(capability))
     tape = cuda._Tape(shape)
-    gradients = cuda._Gradients(tape)
-    cuda._forward(tape)
-    cuda._backward(tape, gradients)
+    gradients = tape.new_gradients()
+    tape.launch_forward()
+    tape.launch_backward(gradients)
     cuda._normalize_input(tape, tape.input)
     cuda._normalize_input_backward(tape, gradients.d_gates, gradients.d_gates)
     assert set(compiled) == set(names)

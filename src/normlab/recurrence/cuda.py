@@ -1,8 +1,7 @@
 """The LSTM recurrence on a GPU as one autograd function over the sequence; equal to reference.py within rounding.
 
 A time step is a matrix product (cuBLAS) and one kernel (triton_kernels.py), forward and backward. Launching them takes
-the CPU longer than running them takes the GPU: from the third call of one shape on, the launches of a whole sequence
-are replayed as a CUDA graph. `NORMLAB_CUDA_GRAPHS=0` turns that off.
+the CPU longer than running them takes the GPU, so they are replayed as CUDA graphs (graphs.py).
 
 Precision: float32, float64, or autocast to bfloat16, which concerns the matrix products alone; what they sum up to,
 statistics and states stay in float32. Products of float32 use TF32 only where torch is told to
@@ -10,7 +9,7 @@ statistics and states stay in float32. Products of float32 use TF32 only where t
 default.
 
 Memory, in multiples of B x T x H: 16 from forward to backward with a norm at all sites, and 10 to 14 more while
-backward runs. A graph owns its memory: up to `MOST_GRAPHS` sequences of it stay allocated between calls.
+backward runs.
 
 Shape suffixes: B batch, T time, I input features, H hidden, G gates (4H), N = T x B.
 """
@@ -19,18 +18,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import itertools
 import logging
-import os
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from normlab.recurrence.graphs import Lease, Tape
 from normlab.recurrence.once import differentiated_once
 
 if TYPE_CHECKING:
@@ -43,13 +39,6 @@ log = logging.getLogger(__name__)
 NONE, ROWS, BATCH, STORED = range(4)  # as in kernels.c
 MOST_ROWS = 4096
 """Rows over which a batch norm's statistics still fit one program."""
-CALLS_BEFORE_CAPTURE = 2
-MOST_GRAPHS = 8
-"""Captured sequences that are kept, forward and backward counted as one."""
-MOST_SHAPES = 64
-"""Shapes whose calls are counted."""
-CALLS_UNTIL_FORGOTTEN = 2000
-"""A shape that has not been called for so many calls of others loses its graphs."""
 
 
 def takes(device: torch.device) -> bool:
@@ -89,8 +78,8 @@ def _try_out(device: torch.device) -> None:
     for kind in (ROWS, BATCH):
         site = _Fixed(kind, 1, True, 1e-5, 0)
         tape = _Tape(_Shape(device, 0, 2, 2, 16, torch.float32, torch.float32, True, False, "none", (site,) * 3))
-        _forward(tape)
-        _backward(tape, _Gradients(tape))
+        tape.launch_forward()
+        tape.launch_backward(tape.new_gradients())
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -141,8 +130,8 @@ class _Statistics:
         self.arguments = (self.mean, self.spread, self.stored_mean, self.stored_scale, stride)
 
 
-class _Tape:
-    """The memory of a layer over the sequence, from forward to backward.
+class _Tape(Tape):
+    """The memory of a layer over the sequence.
 
     Attributes:
         input: T x B x G; what the input site gave, before its weight and bias.
@@ -151,12 +140,7 @@ class _Tape:
         cells, states: (T + 1) x B x H, beginning with those before the first time step; without `kept` 2 cells.
         low_states, low_weight: in the dtype of the products; the same tensors where that is `dtype`.
         gates, squashed: after their nonlinearities; tanh of the cell site's output.
-        forward_graph, backward_graph: None for a tape that is launched anew each time.
     """
-
-    forward_graph: torch.cuda.CUDAGraph | None = None
-    backward_graph: torch.cuda.CUDAGraph | None = None
-    gradients: _Gradients | None = None
 
     def __init__(self, shape: _Shape) -> None:
         length, rows, hidden = shape.length, shape.rows, shape.hidden
@@ -212,6 +196,49 @@ class _Tape:
                 self.bias += value
         for own, value in pairs:
             own.copy_(value)
+
+    def launch_forward(self) -> None:
+        shape = self.shape
+        _, hidden, cell = self.sites
+        grid, tile = _tile(shape, shape.sites[1:])
+        step = _kernels().forward_step[grid]
+        lowers = self.low_states is not self.states
+        arguments = (
+            *(shape.rows, shape.hidden, self.mask_TB, self.count_T),
+            *(self.input, self.input_weight, self.bias, self.product),
+            *(self.hidden_weight, self.cell_weight, self.cell_bias),
+            *(hidden.arguments, cell.arguments),
+            *(self.cells, self.states, self.low_states if lowers else None, self.gates, self.squashed),
+            *(hidden.normalized, cell.normalized, len(self.cells)),
+        )
+        constants = {"hidden_site": shape.sites[1][:4], "cell_site": shape.sites[2][:4], "MASKED": shape.masked, **tile}
+        weight_HG = self.low_weight_GH.t()
+        for time in range(shape.length):
+            _multiply(self.low_states[time], weight_HG, self.product)
+            step(time, *arguments, KEPT=shape.kept, **constants)
+
+    def new_gradients(self) -> _Gradients:
+        return _Gradients(self)
+
+    def launch_backward(self, gradients: _Gradients) -> None:
+        shape = self.shape
+        _, hidden, cell = self.sites
+        grid, tile = _tile(shape, shape.sites[1:])
+        step = _kernels().backward_step[grid]
+        arguments = (
+            *(shape.rows, shape.hidden, self.mask_TB, self.count_T),
+            *(self.hidden_weight, self.cell_weight, hidden.arguments, cell.arguments),
+            *(self.cells, self.gates, self.squashed, hidden.normalized, cell.normalized),
+            *(gradients.d_output, gradients.d_next, gradients.d_h, gradients.d_c),
+            *(gradients.d_gates, gradients.d_product, gradients.d_cell),
+        )
+        constants = {"hidden_site": shape.sites[1][:4], "cell_site": shape.sites[2][:4], "MASKED": shape.masked, **tile}
+        d_product = gradients.d_gates if gradients.d_product is None else gradients.d_product
+        gradients.d_next.zero_()
+        gradients.d_h.zero_()
+        for time in reversed(range(shape.length)):
+            step(time, *arguments, **constants)
+            _multiply(d_product[time], self.low_weight_GH, gradients.d_next)
 
 
 class _Gradients:
@@ -276,135 +303,6 @@ def _normalize_input_backward(tape: _Tape, d_gates: Tensor, d_projected: Tensor)
         tape.sites[0].arguments,
         **{"site": fixed[:4], "MASKED": shape.masked, **tile},
     )
-
-
-def _forward(tape: _Tape) -> None:
-    """Launch all time steps."""
-    shape = tape.shape
-    _, hidden, cell = tape.sites
-    grid, tile = _tile(shape, shape.sites[1:])
-    step = _kernels().forward_step[grid]
-    lowers = tape.low_states is not tape.states
-    arguments = (
-        *(shape.rows, shape.hidden, tape.mask_TB, tape.count_T),
-        *(tape.input, tape.input_weight, tape.bias, tape.product, tape.hidden_weight, tape.cell_weight, tape.cell_bias),
-        *(hidden.arguments, cell.arguments),
-        *(tape.cells, tape.states, tape.low_states if lowers else None, tape.gates, tape.squashed),
-        *(hidden.normalized, cell.normalized, len(tape.cells)),
-    )
-    constants = {"hidden_site": shape.sites[1][:4], "cell_site": shape.sites[2][:4], "MASKED": shape.masked, **tile}
-    weight_HG = tape.low_weight_GH.t()
-    for time in range(shape.length):
-        _multiply(tape.low_states[time], weight_HG, tape.product)
-        step(time, *arguments, KEPT=shape.kept, **constants)
-
-
-def _backward(tape: _Tape, gradients: _Gradients) -> None:
-    """Launch all time steps, from the last to the first."""
-    shape = tape.shape
-    _, hidden, cell = tape.sites
-    grid, tile = _tile(shape, shape.sites[1:])
-    step = _kernels().backward_step[grid]
-    arguments = (
-        *(shape.rows, shape.hidden, tape.mask_TB, tape.count_T),
-        *(tape.hidden_weight, tape.cell_weight, hidden.arguments, cell.arguments),
-        *(tape.cells, tape.gates, tape.squashed, hidden.normalized, cell.normalized),
-        *(gradients.d_output, gradients.d_next, gradients.d_h, gradients.d_c),
-        *(gradients.d_gates, gradients.d_product, gradients.d_cell),
-    )
-    constants = {"hidden_site": shape.sites[1][:4], "cell_site": shape.sites[2][:4], "MASKED": shape.masked, **tile}
-    d_product = gradients.d_gates if gradients.d_product is None else gradients.d_product
-    gradients.d_next.zero_()
-    gradients.d_h.zero_()
-    for time in reversed(range(shape.length)):
-        step(time, *arguments, **constants)
-        _multiply(d_product[time], tape.low_weight_GH, gradients.d_next)
-
-
-@dataclass
-class _Graphs:
-    """The captured tapes of one shape: `idle` are those that no call is using."""
-
-    idle: list[_Tape] = field(default_factory=list)
-    calls: int = 0
-    latest: int = 0
-    captured: int = 0
-    fails: bool = False
-    gradients: _Gradients | None = None
-
-
-_calls = itertools.count()
-_graphs: OrderedDict[_Shape, _Graphs] = OrderedDict()
-"""By shape, the latest last."""
-
-
-class _Lease:
-    """A tape for one call, until nothing can ask for its backward any more."""
-
-    _home: _Graphs | None = None
-
-    def __init__(self, shape: _Shape) -> None:
-        home = _home(shape) if _with_graphs(shape.device) else None
-        if home is not None and home.idle:
-            self.tape, self._home = home.idle.pop(), home
-            return
-        self.tape = _Tape(shape)
-        if home is not None and _capture(self.tape, home):
-            self._home = home
-
-    def __del__(self) -> None:
-        if self._home is not None:
-            self._home.idle.append(self.tape)
-
-
-def _with_graphs(device: torch.device) -> bool:
-    off = device.type != "cuda" or os.environ.get("NORMLAB_CUDA_GRAPHS") == "0"
-    # Inside a capture of the user's own, launches become part of that.
-    return not off and not torch.cuda.is_current_stream_capturing()
-
-
-def _home(shape: _Shape) -> _Graphs | None:
-    """Where a captured tape of this shape is taken from and given back to; None if the call does without."""
-    home = _graphs.setdefault(shape, _Graphs())
-    _graphs.move_to_end(shape)
-    home.calls += 1
-    home.latest = next(_calls)
-    while len(_graphs) > MOST_SHAPES or home.latest - next(iter(_graphs.values())).latest > CALLS_UNTIL_FORGOTTEN:
-        _graphs.popitem(last=False)
-    if home.fails or home.calls <= CALLS_BEFORE_CAPTURE:
-        return None
-    full = sum(graphs.captured for graphs in _graphs.values()) >= MOST_GRAPHS
-    return home if home.idle or not full else None
-
-
-def _capture(tape: _Tape, home: _Graphs) -> bool:
-    """Record the launches of forward and backward, which touch the tape's own memory alone; False if that fails."""
-    try:
-        # Once for real, with whatever is in memory: nothing is left to compile or to set up.
-        _forward(tape)
-        forward_graph = _record(lambda: _forward(tape))
-        if tape.shape.kept:
-            gradients = home.gradients or _Gradients(tape)
-            _backward(tape, gradients)
-            tape.backward_graph = _record(lambda: _backward(tape, gradients), forward_graph.pool())
-            tape.gradients = home.gradients = gradients
-    except RuntimeError as error:
-        log.warning("no CUDA graph of an LSTM layer, which goes on without: %s", error)
-        home.fails = True
-        return False
-    tape.forward_graph = forward_graph
-    home.captured += 1
-    return True
-
-
-def _record(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
-    # The outer one because a failed capture leaves its own stream the current one; "thread_local" because other
-    # threads, such as those that load data, go on using the GPU.
-    here = torch.cuda.stream(torch.cuda.current_stream())
-    with here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        launch()
-    return graph
 
 
 @contextmanager
@@ -496,7 +394,7 @@ class Recurrence(torch.autograd.Function):
             tuple(_fixed(site) for site in sites),
         )
         with _plainly(device):
-            lease = _Lease(shape)
+            lease = Lease(_Tape, shape)
             tape = lease.tape
             tape.load(sites, mask_TB, count_T, weight_GH, bias_G, h_BH, c_BH)
             bare = sites[0].kind == NONE
@@ -508,7 +406,7 @@ class Recurrence(torch.autograd.Function):
                 _multiply(low_x.flatten(0, 1), low_weight.t(), projected.view(-1, projected.shape[-1]))
             if not bare:
                 _normalize_input(tape, projected)
-            _forward(tape) if tape.forward_graph is None else tape.forward_graph.replay()
+            tape.forward()
             for site, own in zip(sites, tape.sites, strict=True):
                 # Stored right after the call, before another one uses the tape.
                 site.mean, site.spread = own.mean, own.spread
@@ -529,9 +427,9 @@ class Recurrence(torch.autograd.Function):
         needs = ctx.needs_input_grad
         tape: _Tape = ctx.lease.tape
         with torch.no_grad(), _plainly(x_TBI.device):
-            gradients = tape.gradients or _Gradients(tape)
+            gradients: _Gradients = tape.gradients or tape.new_gradients()
             gradients.load(d_output, d_last_c)
-            _backward(tape, gradients) if tape.backward_graph is None else tape.backward_graph.replay()
+            tape.backward(gradients)
             d_gates = gradients.d_gates
             d_product = d_gates if gradients.d_product is None else gradients.d_product
             d_weight_GH = None

@@ -1,0 +1,165 @@
+"""The launches of a whole sequence on a GPU, recorded as CUDA graphs and replayed.
+
+Launching the kernels of a time step takes the CPU longer than running them takes the GPU. So from the third call of one
+shape on they are replayed. `NORMLAB_CUDA_GRAPHS=0` turns that off. A graph owns its memory: up to `MOST_GRAPHS`
+sequences of it stay allocated between calls.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+__all__ = ["Lease", "Tape", "TapeShape"]
+
+log = logging.getLogger(__name__)
+
+CALLS_BEFORE_CAPTURE = 2
+MOST_GRAPHS = 8
+"""Captured sequences that are kept, forward and backward counted as one."""
+MOST_SHAPES = 64
+"""Shapes whose calls are counted."""
+CALLS_UNTIL_FORGOTTEN = 2000
+"""A shape that has not been called for so many calls of others loses its graphs."""
+
+
+class TapeShape(Protocol):
+    """What a sequence's memory and launches depend on; hashable. Two calls of equal shape can replay one graph.
+
+    Attributes:
+        kept: whether there will be a backward.
+    """
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def kept(self) -> bool: ...
+
+
+class Tape:
+    """The memory of a layer over the sequence, from forward to backward, and the launches that touch it alone.
+
+    Attributes:
+        forward_graph, backward_graph: None for a tape that is launched anew each time.
+        gradients: the memory of backward that its graph works on.
+    """
+
+    forward_graph: torch.cuda.CUDAGraph | None = None
+    backward_graph: torch.cuda.CUDAGraph | None = None
+    gradients: Any = None
+
+    def launch_forward(self) -> None:
+        """Launch all time steps."""
+        raise NotImplementedError
+
+    def new_gradients(self) -> Any:
+        """Memory for `launch_backward`, which writes it anew every time."""
+        raise NotImplementedError
+
+    def launch_backward(self, gradients: Any) -> None:
+        """Launch all time steps, from the last to the first."""
+        raise NotImplementedError
+
+    def forward(self) -> None:
+        """Run all time steps."""
+        self.launch_forward() if self.forward_graph is None else self.forward_graph.replay()
+
+    def backward(self, gradients: Any) -> None:
+        """Run all time steps, from the last to the first; `gradients`: those of the tape, if it has any."""
+        self.launch_backward(gradients) if self.backward_graph is None else self.backward_graph.replay()
+
+
+AnyTape = TypeVar("AnyTape", bound=Tape)
+
+
+@dataclass
+class _Graphs:
+    """The captured tapes of one shape: `idle` are those that no call is using."""
+
+    idle: list[Any] = field(default_factory=list)
+    calls: int = 0
+    latest: int = 0
+    captured: int = 0
+    fails: bool = False
+    gradients: Any = None
+
+
+_calls = itertools.count()
+_graphs: OrderedDict[tuple[Any, Any], _Graphs] = OrderedDict()
+"""By kind of tape and shape, the latest last."""
+
+
+class Lease(Generic[AnyTape]):
+    """A tape for one call, until nothing can ask for its backward any more."""
+
+    _home: _Graphs | None = None
+
+    def __init__(self, kind: Callable[[Any], AnyTape], shape: TapeShape) -> None:
+        home = _home(kind, shape) if _with_graphs(shape.device) else None
+        if home is not None and home.idle:
+            self.tape, self._home = home.idle.pop(), home
+            return
+        self.tape = kind(shape)
+        if home is not None and _capture(self.tape, shape.kept, home):
+            self._home = home
+
+    def __del__(self) -> None:
+        if self._home is not None:
+            self._home.idle.append(self.tape)
+
+
+def _with_graphs(device: torch.device) -> bool:
+    off = device.type != "cuda" or os.environ.get("NORMLAB_CUDA_GRAPHS") == "0"
+    # Inside a capture of the user's own, launches become part of that.
+    return not off and not torch.cuda.is_current_stream_capturing()
+
+
+def _home(kind: Callable[[Any], Tape], shape: TapeShape) -> _Graphs | None:
+    """Where a captured tape of this shape is taken from and given back to; None if the call does without."""
+    home = _graphs.setdefault((kind, shape), _Graphs())
+    _graphs.move_to_end((kind, shape))
+    home.calls += 1
+    home.latest = next(_calls)
+    while len(_graphs) > MOST_SHAPES or home.latest - next(iter(_graphs.values())).latest > CALLS_UNTIL_FORGOTTEN:
+        _graphs.popitem(last=False)
+    if home.fails or home.calls <= CALLS_BEFORE_CAPTURE:
+        return None
+    full = sum(graphs.captured for graphs in _graphs.values()) >= MOST_GRAPHS
+    return home if home.idle or not full else None
+
+
+def _capture(tape: Tape, kept: bool, home: _Graphs) -> bool:
+    """Record the launches of forward and backward; False if that fails."""
+    try:
+        # Once for real, with whatever is in memory: nothing is left to compile or to set up.
+        tape.launch_forward()
+        forward_graph = _record(tape.launch_forward)
+        if kept:
+            gradients = home.gradients or tape.new_gradients()
+            tape.launch_backward(gradients)
+            tape.backward_graph = _record(lambda: tape.launch_backward(gradients), forward_graph.pool())
+            tape.gradients = home.gradients = gradients
+    except RuntimeError as error:
+        log.warning("no CUDA graph of a recurrent layer, which goes on without: %s", error)
+        home.fails = True
+        return False
+    tape.forward_graph = forward_graph
+    home.captured += 1
+    return True
+
+
+def _record(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # The outer one because a failed capture leaves its own stream the current one; "thread_local" because other
+    # threads, such as those that load data, go on using the GPU.
+    here = torch.cuda.stream(torch.cuda.current_stream())
+    with here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        launch()
+    return graph
