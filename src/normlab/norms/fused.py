@@ -133,11 +133,19 @@ def local_response(x: Tensor, window: int, alpha: float, beta: float, k: float) 
     if applies():
         y: Any = _LocalResponse.apply(x, window, alpha, beta, k)
         return y
-    return x * _damping(x, window, alpha, k) ** -beta
+    return x * _inverse_power(_damping(x, window, alpha, k), beta)
 
 
 def _damping(x: Tensor, window: int, alpha: float, k: float) -> Tensor:
-    return k + alpha / window * _window_sum(x.square(), window // 2, (window - 1) // 2)
+    return _window_sum(x.square(), window // 2, (window - 1) // 2).mul_(alpha / window).add_(k)
+
+
+def _inverse_power(x: Tensor, beta: float) -> Tensor:
+    """x^-beta; for the published beta by roots, in a third of the time of a general power."""
+    if beta != 0.75:
+        return x**-beta
+    root = x.rsqrt()
+    return root * root.sqrt()
 
 
 def _window_sum(x: Tensor, before: int, after: int) -> Tensor:
@@ -157,7 +165,7 @@ class _LocalResponse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, window: int, alpha: float, beta: float, k: float) -> Tensor:
         damping = _damping(x, window, alpha, k)
-        power = damping**-beta
+        power = _inverse_power(damping, beta)
         ctx.window, ctx.alpha, ctx.beta, ctx.k = window, alpha, beta, k
         ctx.save_for_backward(x, damping, power)
         return x * power
@@ -167,7 +175,7 @@ class _LocalResponse(torch.autograd.Function):
         (x, damping, power), (g,) = ctx.saved_tensors, grads
         if torch.is_grad_enabled():  # for second derivatives both depend on x
             damping = _damping(x, ctx.window, ctx.alpha, ctx.k)
-            power = damping**-ctx.beta
+            power = _inverse_power(damping, ctx.beta)
         scaled = g * power
         # Entry f is in the windows of as many features after it as it has before it in its own.
         felt = _window_sum(scaled * x / damping, (ctx.window - 1) // 2, ctx.window // 2)
