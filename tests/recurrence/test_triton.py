@@ -71,9 +71,12 @@ def inputs_of(rows: int, length: int, inputs: int, hidden: int, masked: bool) ->
     return x, mask, h, c
 
 
-def results(layer: Any, weights: Weights, norms: SiteNorms, x: Tensor, mask: Any, h: Tensor, c: Tensor, step: int = 0):
+def results(
+    layer: Any, weights: Weights, norms: SiteNorms, x: Tensor, mask: Any, h: Tensor, c: Tensor, step: int = 0,
+    *, recompute: bool = False,
+) -> list[Tensor]:  # fmt: skip
     """Everything a layer gives: outputs, states, gradients, stored values."""
-    out, last_h, last_c, _ = layer(x, mask, h, c, weights, norms, step)
+    out, last_h, last_c, _ = layer(x, mask, h, c, weights, norms, step, recompute=recompute)
     leaves = [x, h, c, *weights, *(parameter for norm in norms for parameter in norm.parameters())]
     leaves = [leaf for leaf in leaves if leaf is not None]
     ramp = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view_as(out).cos()
@@ -132,7 +135,8 @@ def test_float64_equals_the_reference(data: st.DataObject) -> None:
     )
     training = draw(st.sampled_from((True, True, False)))
     fewest = 2 if training and {"bn", "bn_step"} & set(names) else 1
-    rows, length = draw(st.integers(fewest, 4)), draw(st.integers(1, 4))
+    recompute = draw(st.booleans())
+    rows, length = draw(st.integers(fewest, 4)), draw(st.integers(1, 5 if recompute else 4))
     inputs, hidden = draw(st.integers(1, 5)), draw(st.sampled_from((4, 6, 9, 18)))
     affine, step = draw(st.booleans()), draw(st.integers(0, MAX_STEPS + 1))
     weights, norms = build(
@@ -146,7 +150,9 @@ def test_float64_equals_the_reference(data: st.DataObject) -> None:
     assert not fast.never_for(norms, weights)
     assert not fast.not_now_for(x, h, c, weights, norms, step)
     twins = copy.deepcopy(norms)
-    found = results(fast.lstm_layer, weights, norms, x, mask, h, c, step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fast, "SEGMENT", draw(st.integers(1, 3)))
+        found = results(fast.lstm_layer, weights, norms, x, mask, h, c, step, recompute=recompute)
     exact = results(reference.lstm_layer, weights, twins, x, mask, h, c, step)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
