@@ -17,7 +17,7 @@ segment of S time steps at a time, from the last to the first: in multiples of B
 replay the same graph, one after the other, so that a sequence of any length needs no larger one. An input site that
 runs by itself adds 4 x B x T x H for its result.
 
-Forward with `recompute`, and without gradient, goes through segments too: 5 x B x S x H, beside the output.
+Forward goes through segments too, then and without gradient: 5 to 9 x B x S x H, beside the output.
 
 Shape suffixes: B batch, T time, S time steps of a tape or segment, I input features, H hidden, G gates (4H), F features
 of a site, N = S x B.
@@ -563,7 +563,8 @@ class Recurrence(torch.autograd.Function):
         starts: list[Tensor] = []
         with _plainly(device):
             for part in parts:
-                starts.append(c)
+                if gradient:
+                    starts.append(c)
                 lease = layer.run(part, h.unsqueeze(0), c, kept=kept)
                 c = lease.tape.read(part, output, sites)
                 h = output[part.stop - 1]
@@ -596,8 +597,8 @@ class Recurrence(torch.autograd.Function):
                 lease = ctx.lease
                 if lease is None:
                     h_before = output[part.start - 1 : part.start] if number else h_BH.unsqueeze(0)
-                    before_SBH = torch.cat([h_before, output[part][:-1]])
-                    lease = layer.run(part, before_SBH, starts[number], kept=True, recomputed=True)
+                    before = [h_before, output[part][:-1]]
+                    lease = layer.run(part, torch.cat(before), starts[number], kept=True, recomputed=True)
                 d_part, d_x_part = (None if value is None else value[part] for value in (d_output, d_x))
                 passed, found = layer.backward(lease.tape, part, d_part, passed, d_x_part, needs)
                 if totals:
