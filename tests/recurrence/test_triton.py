@@ -116,7 +116,7 @@ def test_in_the_interpreter() -> None:
 
 
 @on_either
-@pytest.mark.parametrize("seed", range(10944, 10956))  # with these every norm comes up at every site
+@pytest.mark.parametrize("seed", range(27172, 27184))  # with these every norm comes up at every site
 def test_float64_equals_the_reference(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not by hypothesis, which repeats itself where examples are few; one takes half a second in the interpreter.
     draw = random.Random(seed)
@@ -124,8 +124,8 @@ def test_float64_equals_the_reference(seed: int, monkeypatch: pytest.MonkeyPatch
     names = (draw.choice(BY_ROW + BY_COLUMN), draw.choice(recurrent), draw.choice(recurrent))
     training = draw.random() < 2 / 3
     fewest = 2 if training and {"bn", "bn_step"} & set(names) else 1
-    rows, length = draw.randint(fewest, 4), draw.randint(2 if recompute else 1, 4)
-    monkeypatch.setattr(fast, "SEGMENT", draw.randint(1, 2))
+    rows, length = draw.randint(fewest, 4), draw.randint(*((3, 4) if recompute else (1, 3)))
+    monkeypatch.setattr(fast, "SEGMENT", 2)
     inputs, hidden = draw.randint(1, 5), draw.choice((4, 6, 9, 18))
     affine, bias, step = draw.random() < 1 / 2, draw.random() < 1 / 2, draw.randint(0, MAX_STEPS + 1)
     weights, norms = build(names, inputs, hidden, bias=bias, affine=affine, seed=seed)
@@ -199,10 +199,10 @@ def test_padding_of_nan_and_saturated_gates(monkeypatch: pytest.MonkeyPatch) -> 
 @on_either
 @pytest.mark.parametrize("options", [{"pool": "batch_time"}, {"ghost_rows": 2}])
 def test_an_input_site_of_another_kind_runs_by_itself(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "SEGMENT", 3)
+    monkeypatch.setattr(fast, "SEGMENT", 2)
     weights, norms = build(("bn", "ln", "ln"), 3, 4, bias=True, affine=True, seed=0)
     norms = norms._replace(input_to_hidden=build_norm("bn", 16, **options).to(DEVICE, torch.float64))
-    x, mask, h, c = inputs_of(5, 4, 3, 4, True)
+    x, mask, h, c = inputs_of(5, 3, 3, 4, True)
     twins = copy.deepcopy(norms)
     found = results(fast.lstm_layer, weights, norms, x, mask, h, c, recompute="pool" in options)
     for one, other in zip(found, results(reference.lstm_layer, weights, twins, x, mask, h, c), strict=True):
@@ -371,17 +371,20 @@ class TestGraphs:
         monkeypatch.setattr(fast, "SEGMENT", 1)
         weights, norms = build(("bn", "none", "bn_step"), 3, 4, bias=True, affine=True, seed=0)
         twins = copy.deepcopy(norms)
-        x, mask, h, c = inputs_of(3, 4, 3, 4, True)
+        pairs: list[tuple[Tensor, Tensor]] = []
         for layer_calls in (1, 2):
+            x, mask, h, c = inputs_of(3, 4, 3, 4, True)
             found = results(fast.lstm_layer, weights, norms, x, mask, h, c, recompute=True)
             exact = results(reference.lstm_layer, weights, twins, x, mask, h, c)
-            for one, other in zip(found, exact, strict=True):
-                torch.testing.assert_close(one, other, **EXACT)
+            pairs += zip(found, exact, strict=True)
             homes = {(shape.length, shape.recomputed): home for (_, shape), home in graphs._graphs.items()}
             assert set(homes) == {(1, False), (1, True)}
             for home in homes.values():
                 # The third segment of the first call is captured already.
                 assert (home.calls, home.captured, len(home.idle)) == (4 * layer_calls, 1, 1)
+        # What the first call gave is still there after the second; the stored values are those of both.
+        for one, other in pairs:
+            torch.testing.assert_close(one, other, **EXACT)
 
     def test_forgotten_when_not_called_for_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(graphs, "CALLS_UNTIL_FORGOTTEN", 4)
