@@ -178,7 +178,7 @@ def test_shares_are_the_entries_that_change_the_statistic(name: str, options: di
     (grad,) = torch.autograd.grad(output(norm, leaf)[0, 2, 5], leaf)
 
     def counts(place: Place) -> bool:
-        """Whether an entry of this row, time step or feature does; each moves in its own way, so none makes up for it."""
+        """Whether an entry in this place does; each moves in its own way, so that none makes up for others."""
         moved = x.clone()
         moved[place] += 0.5 * sample(4)[place]
         return bool((output(norm, moved)[0, 2, 5] - before).abs() > 1e-9) or bool(grad[place].abs().max() > 1e-9)

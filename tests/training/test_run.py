@@ -312,7 +312,7 @@ SHORT = {"training__steps": 8, "training__valid_every": 4, "model__width": 8}
 
 @pytest.fixture(scope="module")
 def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for the run that `test_every_field_changes_a_run` compares with: once it has ended it is not trained again."""
+    """A folder for the run that `test_every_field_changes_a_run` compares with, which is trained once."""
     return tmp_path_factory.mktemp("short")
 
 

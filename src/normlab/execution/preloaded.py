@@ -3,9 +3,11 @@
 What a study began with is what all its runs are trained with, and what they record, whatever becomes of the files.
 """
 
+import gc
 import importlib
 
 from normlab.config import available_norms, available_probes
+from normlab.machine.imports import without_collecting
 from normlab.records.environment import code_commit
 
 MODULES = (
@@ -16,6 +18,8 @@ MODULES = (
     *(f"normlab.probes.{name}" for name in available_probes()),
 )
 
-for module in MODULES:
-    importlib.import_module(module)
+with without_collecting():
+    for module in MODULES:
+        importlib.import_module(module)
 code_commit()
+gc.freeze()  # workers need not look through all of it for garbage
