@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
 
 import pytest
 
@@ -14,7 +15,7 @@ def test_collection_stands_still_and_is_as_before_afterwards(on: bool) -> None:
     before = gc.isenabled()
     (gc.enable if on else gc.disable)()
     try:
-        with pytest.raises(ImportError), without_collecting():
+        with suppress(ImportError), without_collecting():
             assert not gc.isenabled()
             raise ImportError
         assert gc.isenabled() == on
