@@ -3,7 +3,6 @@
 What a study began with is what all its runs are trained with, and what they record, whatever becomes of the files.
 """
 
-import gc
 import importlib
 
 from normlab.config import available_norms, available_probes
@@ -22,4 +21,3 @@ with without_collecting():
     for module in MODULES:
         importlib.import_module(module)
 code_commit()
-gc.freeze()  # workers need not look through all of it for garbage
