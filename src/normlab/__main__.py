@@ -31,6 +31,7 @@ from normlab.config import (
     require_choice,
     run_id,
 )
+from normlab.machine.imports import without_collecting
 from normlab.machine.processes import ProcessError, place_in_run, says_mistakes
 from normlab.machine.terminal import printable
 from normlab.records.disk import read_yaml
@@ -95,7 +96,9 @@ def _train(arguments: list[str]) -> int:
 
     require_corpus(config.data)
     from normlab.records.summary import show
-    from normlab.training.run import train
+
+    with without_collecting():
+        from normlab.training.run import train
 
     record = train(config)
     if not place.is_first:
