@@ -329,3 +329,11 @@ def test_values_that_cannot_be_are_refused_in_python_too(name: str, options: dic
     (option,) = options
     with pytest.raises(InputError, match=rf"model\.norm_options\.{option} "):
         build_norm(name, F, **options)
+
+
+@pytest.mark.parametrize(("name", "options"), variants(), ids=label)
+def test_a_printed_norm_shows_its_options(name: str, options: dict[str, Any]) -> None:
+    """Records of runs name the norm at a site by this."""
+    shown = repr(build(name, options))
+    for option, value in options.items():
+        assert ("gain=" if option == "affine" else f"{option}={value}") in shown
