@@ -17,26 +17,17 @@ import triton.language as tl
 
 from normlab.recurrence.triton_kernels import (
     NONE,
-    ROWS,
-    _column,
-    _column_backward,
     _count,
-    _in_group,
+    _load_gates,
     _sigmoid,
+    _site,
+    _site_backward,
     _tanh,
     _tile,
+    _times,
 )
 
 TANH = tl.constexpr(0)  # as in kernels.c
-RELU = tl.constexpr(1)
-
-
-@triton.jit
-def _load(ptr, offset, inside, hidden: tl.constexpr, GATES: tl.constexpr):
-    x = ()
-    for gate in tl.static_range(GATES):
-        x = x + (tl.load(ptr + offset + gate * hidden, mask=inside, other=0),)
-    return x
 
 
 @triton.jit
@@ -46,124 +37,22 @@ def _store(ptr, offset, inside, hidden: tl.constexpr, x, GATES: tl.constexpr):
 
 
 @triton.jit
-def _times(x, y, GATES: tl.constexpr):
-    product = ()
-    for gate in tl.static_range(GATES):
-        product = product + (x[gate] * y[gate],)
-    return product
-
-
-@triton.jit
-def _row_mean(x, real, unit_1U, hidden: tl.constexpr, group, GROUPS: tl.constexpr, GATES: tl.constexpr):
-    """Of a row's features in `group`, over all gates together."""
-    width = GATES * hidden // GROUPS
-    total = tl.zeros_like(x[0])
-    for gate in tl.static_range(GATES):
-        total += tl.where(_in_group(real, unit_1U + gate * hidden, group, width, GROUPS), x[gate], 0)
-    return tl.sum(total, 1, keep_dims=True) / width
-
-
-@triton.jit
-def _rows(x, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr, GATES: tl.constexpr):
-    """`x`, 0 where nothing is real, normalized by row; stores scale = 1 / sqrt(var + eps)."""
-    GROUPS: tl.constexpr = site[1]
-    width = GATES * hidden // GROUPS
-    y = x
-    for group in range(GROUPS):
-        deviation = x
-        if site[2]:
-            mean = _row_mean(x, real, unit_1U, hidden, group, GROUPS, GATES)
-            deviation = ()
-            for gate in tl.static_range(GATES):
-                deviation = deviation + (x[gate] - mean,)
-        var = _row_mean(_times(deviation, deviation, GATES), real, unit_1U, hidden, group, GROUPS, GATES)
-        scale = tl.rsqrt(var + site[3])
-        tl.store(spread_ptr + row_R1 * GROUPS + group, scale, mask=row_R1 < rows)
-        done = ()
-        for gate in tl.static_range(GATES):
-            inside = _in_group(real, unit_1U + gate * hidden, group, width, GROUPS)
-            done = done + (tl.where(inside, deviation[gate] * scale, y[gate]),)
-        y = done
-    return y
-
-
-@triton.jit
-def _rows_backward(
-    d, y, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr, GATES: tl.constexpr
-):
-    """The gradient of `x` from that of the normalized `y`, both 0 where nothing is real."""
-    GROUPS: tl.constexpr = site[1]
-    width = GATES * hidden // GROUPS
-    d_x = d
-    for group in range(GROUPS):
-        scale = tl.load(spread_ptr + row_R1 * GROUPS + group, mask=row_R1 < rows, other=0)
-        along = _row_mean(_times(d, y, GATES), real, unit_1U, hidden, group, GROUPS, GATES)
-        mean = tl.zeros_like(along)
-        if site[2]:
-            mean = _row_mean(d, real, unit_1U, hidden, group, GROUPS, GATES)
-        done = ()
-        for gate in tl.static_range(GATES):
-            inside = _in_group(real, unit_1U + gate * hidden, group, width, GROUPS)
-            done = done + (tl.where(inside, (d[gate] - mean - y[gate] * along) * scale, d_x[gate]),)
-        d_x = done
-    return d_x
-
-
-@triton.jit
-def _site(
-    x, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics, site: tl.constexpr,
-    GATES: tl.constexpr,
-):  # fmt: skip
-    """`x` normalized, whatever the kind of `site`: the first four of `_Fixed` of cuda.py."""
-    y = x
-    if site[0] == ROWS:
-        spread_ptr = statistics[1] + time * rows * site[1]
-        y = _rows(x, real, row_R1, unit_1U, rows, hidden, spread_ptr, site, GATES)
-    elif site[0] != NONE:
-        y = ()
-        for gate in tl.static_range(GATES):
-            at = unit_1U + gate * hidden
-            y = y + (_column(x[gate], real, at, unit_1U, time, hidden, GATES * hidden, count, statistics, site),)
-    return y
-
-
-@triton.jit
-def _site_backward(
-    d, y, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics, site: tl.constexpr,
-    GATES: tl.constexpr,
-):  # fmt: skip
-    """The gradient of `x` from that of `y`; not for a bare site."""
-    if site[0] == ROWS:
-        spread_ptr = statistics[1] + time * rows * site[1]
-        d_x = _rows_backward(d, y, real, row_R1, unit_1U, rows, hidden, spread_ptr, site, GATES)
-    else:
-        d_x = ()
-        for gate in tl.static_range(GATES):
-            at = unit_1U + gate * hidden
-            d_gate = _column_backward(
-                d[gate], y[gate], real, at, unit_1U, time, hidden, GATES * hidden, count, statistics, site
-            )
-            d_x = d_x + (d_gate,)
-    return d_x
-
-
-@triton.jit
 def _product(
     product_ptr, weight_ptr, bias_ptr, normalized_ptr, real, exists, row_R1, unit_1U, time, rows, hidden: tl.constexpr,
     count, statistics, site: tl.constexpr, KEPT: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
     """The product with h, normalized, with weight and bias; stores what `_product_backward` needs."""
     here = row_R1 * GATES * hidden + unit_1U
-    x = _load(product_ptr, here, real, hidden, GATES)
+    x = _load_gates(product_ptr, here, real, hidden, GATES)
     x = _site(x, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, GATES)
     if KEPT and site[0] != NONE:
         size = tl.cast(rows * hidden, tl.int64)
         _store(normalized_ptr + time * GATES * size, here, exists, hidden, x, GATES)
-    weight = _load(weight_ptr, unit_1U, unit_1U < hidden, hidden, GATES)
-    bias = _load(bias_ptr, unit_1U, unit_1U < hidden, hidden, GATES)
+    weight = _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden, GATES)
+    bias = _load_gates(bias_ptr, unit_1U, unit_1U < hidden, hidden, GATES)
     y = ()
     for gate in tl.static_range(GATES):
-        y = y + (x[gate] * weight[gate] + bias[gate],)
+        y += (x[gate] * weight[gate] + bias[gate],)
     return y
 
 
@@ -175,8 +64,8 @@ def _product_backward(
     """Stores the gradient of the product with h, from that of what `_product` gave."""
     here = time * GATES * tl.cast(rows * hidden, tl.int64) + row_R1 * GATES * hidden + unit_1U
     if site[0] != NONE:
-        d = _times(d, _load(weight_ptr, unit_1U, unit_1U < hidden, hidden, GATES), GATES)
-        y = _load(normalized_ptr, here, real, hidden, GATES)
+        d = _times(d, _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden, GATES), GATES)
+        y = _load_gates(normalized_ptr, here, real, hidden, GATES)
         d = _site_backward(d, y, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, GATES)
     _store(d_product_ptr, here, exists, hidden, d, GATES)
 
@@ -213,7 +102,7 @@ def gru_forward_step(
         product_ptr, weight_ptr, bias_ptr, normalized_ptr, real, exists, row_R1, unit_1U, time, rows, hidden, count,
         statistics, site, KEPT, 3,
     )  # fmt: skip
-    x_r, x_z, x_n = _load(gates_ptr, gates, real, hidden, 3)
+    x_r, x_z, x_n = _load_gates(gates_ptr, gates, real, hidden, 3)
     before = tl.load(states_ptr + time * size + state, mask=exists, other=0)
     r = _sigmoid(x_r + y_r)
     z = _sigmoid(x_z + y_z)
@@ -246,7 +135,7 @@ def gru_backward_step(
     here = time * size + state
     gates = time * 3 * size + row_R1 * 3 * hidden + unit_1U
 
-    r, z, n = _load(gates_ptr, gates, real, hidden, 3)
+    r, z, n = _load_gates(gates_ptr, gates, real, hidden, 3)
     inner = tl.load(inner_ptr + here, mask=real, other=0)
     before = tl.load(states_ptr + here, mask=real, other=0)
     d_h = tl.load(d_output_ptr + here, mask=exists, other=0) + tl.load(d_next_ptr + state, mask=exists, other=0)
@@ -287,10 +176,7 @@ def rnn_forward_step(
         statistics, site, KEPT, 1,
     )  # fmt: skip
     h = tl.load(states_ptr + (time + 1) * size + state, mask=real, other=0) + y[0]
-    if ACTIVATION == TANH:
-        h = _tanh(h)
-    else:
-        h = tl.where(h < 0, 0, h)  # NaN stays
+    h = _tanh(h) if ACTIVATION == TANH else tl.where(h < 0, 0, h)  # NaN stays
     before = h
     if MASKED:
         before = tl.load(states_ptr + time * size + state, mask=exists, other=0)
@@ -322,10 +208,7 @@ def rnn_backward_step(
         d_h += tl.load(d_h_ptr + ((time + 1) % 2) * size + state, mask=exists, other=0)
         tl.store(d_h_ptr + (time % 2) * size + state, tl.where(real, 0, d_h), mask=exists)
         d_h = tl.where(real, d_h, 0)
-    if ACTIVATION == TANH:
-        d = d_h * (1 - h * h)
-    else:
-        d = tl.where(h <= 0, 0, d_h)
+    d = d_h * (1 - h * h) if ACTIVATION == TANH else tl.where(h <= 0, 0, d_h)
     tl.store(d_input_ptr + here, d, mask=exists)
     if d_product_ptr is not None:
         _product_backward(
