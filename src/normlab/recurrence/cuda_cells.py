@@ -6,7 +6,7 @@ loop, as in fast_cells.py. A time step is a matrix product (cuBLAS) and one kern
 Memory, in multiples of B x T x H, beside what the input site keeps: an RNN keeps h alone from forward to backward (1),
 and 1 more where hidden_to_hidden is normalized; a GRU 5 (3 gates, n's part of the product, h), and 3 more. The
 normalized input lies where h or the gates come to lie. Under autocast h in bfloat16 is half a one more. While backward
-runs it takes 2 to 4 more for an RNN, 7 to 10 for a GRU.
+runs it takes 2 to 4 more for an RNN, 7 to 13 for a GRU.
 
 Shape suffixes: B batch, T time, H hidden, G gates (3H, H).
 """
@@ -298,7 +298,7 @@ class Recurrence(torch.autograd.Function):
             if needs[3] or needs[5] or needs[6]:
                 d_normalized = tape.d_normalized(gradients.d_input)
                 d_bias = d_normalized.sum((0, 1))
-                if needs[5]:
+                if needs[5] and tape.site.normalized is not None:
                     d_weight = (d_normalized * tape.site.normalized).sum((0, 1))
             # Copies: the next replay writes them anew.
             d_h = gradients.d_next + gradients.d_h[0]

@@ -8,7 +8,7 @@ Shape suffixes: R rows and U hidden units of a tile; what each gate has of it st
 """
 
 # Its type checker sees `triton.jit` without running it, and takes tuples it returns for nothing.
-# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOptionalSubscript=false
+# pyright: reportGeneralTypeIssues=false, reportOptionalSubscript=false
 
 from __future__ import annotations
 

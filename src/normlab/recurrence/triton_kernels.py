@@ -11,8 +11,8 @@ and zeros where it has none.
 Shape suffixes: R rows and U hidden units of a tile; the values of a gate are R x U.
 """
 
-# Its type checker sees `triton.jit` without running it, and takes tuples it returns for nothing.
-# pyright: reportGeneralTypeIssues=false
+# Its type checker sees `triton.jit` without running it, takes tuples for nothing, and numbers for no constexpr.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 from __future__ import annotations
 
