@@ -267,8 +267,7 @@ def _layer(
     norm = norms.hidden_to_hidden
     site = fast._site(norm, mask_BT, step, rows, length, h_BH)
     hidden_bias = None if weights.hidden_bias is None else weights.hidden_bias.contiguous()
-    projected_TBG = projected.transpose(0, 1).to(h_BH.dtype)  # autocast may have lowered it
-    tensors = (projected_TBG, weights.hidden, hidden_bias, h_BH, site.weight, site.bias)
+    tensors = (projected.transpose(0, 1), weights.hidden, hidden_bias, h_BH, site.weight, site.bias)
     kept = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     run = cuda_cells.Recurrence.apply if cuda.takes(h_BH.device) else _Recurrence.apply
     h_TBH = run((cell, site, mask_TB, count_T, kept), *tensors)
