@@ -125,7 +125,7 @@ def on_kernels(norms: Sequence[Norm]) -> bool:
 
 def recomputes(device: torch.device) -> bool:
     """Whether the layer can take for backward what forward did not keep."""
-    return not cuda.takes(device)
+    return True
 
 
 def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device | None = None) -> str:
@@ -750,8 +750,7 @@ def lstm_layer(
         RuntimeError: differentiated twice.
     """
     # In this order: torch.compile need not look into the other.
-    kept_back = recompute and not recomputes(x_TBI.device)
-    if kept_back or not_now_for(x_TBI, h_BP, c_BH, weights, norms, step) or never_for(norms, weights):
+    if not_now_for(x_TBI, h_BP, c_BH, weights, norms, step) or never_for(norms, weights):
         return reference.lstm_layer(x_TBI, mask_BT, h_BP, c_BH, weights, norms, step, carry, recompute=recompute)
     length, rows = x_TBI.shape[:2]
     mask_TB = count_T = None
@@ -778,7 +777,8 @@ def lstm_layer(
     tensors = (x, weight_GI, weights.hidden, bias_G, h_BP, c_BH, *affine)
     gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if cuda.takes(x.device):
-        results = cuda.Recurrence.apply((sites, mask_TB, count_T, gradient), *tensors)
+        parts = _segments(length, gradient and not recompute)
+        results = cuda.Recurrence.apply((sites, mask_TB, count_T, gradient, recompute, parts), *tensors)
     else:
         results = _Recurrence.apply((sites, mask_TB, count_T, gradient, recompute), *tensors)
     assert isinstance(results, tuple)

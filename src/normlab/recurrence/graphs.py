@@ -1,8 +1,8 @@
-"""The launches of a whole sequence on a GPU, recorded as CUDA graphs and replayed.
+"""The launches of a sequence, or of a segment of it, on a GPU, recorded as CUDA graphs and replayed.
 
 Launching the kernels of a time step takes the CPU longer than running them takes the GPU. So from the third call of one
-shape on they are replayed. `NORMLAB_CUDA_GRAPHS=0` turns that off. A graph owns its memory: up to `MOST_GRAPHS`
-sequences of it stay allocated between calls.
+shape on they are replayed. `NORMLAB_CUDA_GRAPHS=0` turns that off. A graph owns its memory: up to `MOST_GRAPHS` of them
+stay allocated between calls.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TapeShape(Protocol):
 
 
 class Tape:
-    """The memory of a layer over the sequence, from forward to backward, and the launches that touch it alone.
+    """The memory of a layer over some time steps, from forward to backward, and the launches that touch it alone.
 
     Attributes:
         forward_graph, backward_graph: None for a tape that is launched anew each time.

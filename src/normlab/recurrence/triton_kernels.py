@@ -308,7 +308,7 @@ def normalize_input_backward(
 @triton.jit(do_not_specialize=["time"])
 def forward_step(
     time, rows, hidden: tl.constexpr, mask_ptr, count_ptr,
-    input_ptr, input_weight_ptr, bias_ptr, product_ptr, hidden_weight_ptr, cell_weight_ptr, cell_bias_ptr,
+    input_ptr, input_weight_ptr, bias_ptr, products_ptr, hidden_weight_ptr, cell_weight_ptr, cell_bias_ptr,
     hidden_statistics, cell_statistics,
     cells_ptr, states_ptr, low_states_ptr, gates_ptr, squashed_ptr, hidden_normalized_ptr, cell_normalized_ptr,
     cells_held, hidden_site: tl.constexpr, cell_site: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr,
@@ -316,7 +316,8 @@ def forward_step(
 ):  # fmt: skip
     """h and c of one time step, and what backward needs, from the recurrent product B x 4H; grid tiles down x across.
 
-    `cells` and `states` begin with those before the first time step.
+    `cells` and `states` begin with those before the first time step. Without `states` h is known and left out, and
+    `products` are those of all time steps.
     """
     time = time.to(tl.int64)
     row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
@@ -329,7 +330,9 @@ def forward_step(
     size = tl.cast(rows * hidden, tl.int64)
     c = tl.load(cells_ptr + (time % cells_held) * size + state, mask=exists, other=0)
 
-    i, f, g, o = _load_gates(product_ptr, gates, real, hidden)
+    if states_ptr is None:
+        products_ptr += time * 4 * size
+    i, f, g, o = _load_gates(products_ptr, gates, real, hidden)
     i, f, g, o = _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden, count, hidden_statistics, hidden_site)
     if KEPT and hidden_site[0] != NONE:
         _store_gates(hidden_normalized_ptr + time * 4 * size, gates, exists, hidden, i, f, g, o)
@@ -349,17 +352,19 @@ def forward_step(
     w = tl.load(cell_weight_ptr + unit_1U, mask=column, other=0)
     b = tl.load(cell_bias_ptr + unit_1U, mask=column, other=0)
     squashed = _tanh(y * w + b)
-    h = o * squashed
     if KEPT:
         _store_gates(gates_ptr + time * 4 * size, gates, exists, hidden, i, f, g, o)
         tl.store(squashed_ptr + time * size + state, squashed, mask=exists)
     if MASKED:
-        h = tl.where(real, h, tl.load(states_ptr + time * size + state, mask=exists, other=0))
         new_c = tl.where(real, new_c, c)
     tl.store(cells_ptr + ((time + 1) % cells_held) * size + state, new_c, mask=exists)
-    tl.store(states_ptr + (time + 1) * size + state, h, mask=exists)
-    if low_states_ptr is not None:
-        tl.store(low_states_ptr + (time + 1) * size + state, h, mask=exists)
+    if states_ptr is not None:
+        h = o * squashed
+        if MASKED:
+            h = tl.where(real, h, tl.load(states_ptr + time * size + state, mask=exists, other=0))
+        tl.store(states_ptr + (time + 1) * size + state, h, mask=exists)
+        if low_states_ptr is not None:
+            tl.store(low_states_ptr + (time + 1) * size + state, h, mask=exists)
 
 
 @triton.jit(do_not_specialize=["time"])
