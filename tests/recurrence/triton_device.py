@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -69,7 +70,7 @@ class _AbsentGpu:
 
 def compiled_for_an_absent_gpu(
     monkeypatch: pytest.MonkeyPatch, folder: Path, capability: int, where: ModuleType, names: Sequence[str]
-) -> dict[str, Any]:
+) -> dict[str, list[Any]]:
     """What comes of the kernels `names` when, from here on, `where` launches them: machine code, but no run.
 
     Args:
@@ -79,7 +80,7 @@ def compiled_for_an_absent_gpu(
     triton = pytest.importorskip("triton", reason="triton is not installed")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     kernels = where._kernels()
-    compiled: dict[str, Any] = {}
+    compiled: dict[str, list[Any]] = defaultdict(list)
 
     class Compiled:
         triton = kernels.triton
@@ -90,7 +91,7 @@ def compiled_for_an_absent_gpu(
 
         def __getitem__(self, grid: Any) -> Any:
             kernel = getattr(kernels, self.name)
-            return lambda *args, **options: compiled.update({self.name: kernel.warmup(*args, grid=grid, **options)})
+            return lambda *args, **options: compiled[self.name].append(kernel.warmup(*args, grid=grid, **options))
 
     for name in names:
         setattr(Compiled, name, Compiler(name))
