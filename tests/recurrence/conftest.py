@@ -12,9 +12,21 @@ from triton_device import INTERPRETED, on_gpu
 from normlab.recurrence import cuda, graphs
 
 
+@pytest.fixture(scope="session")
+def patched_once() -> None:
+    """Triton patches its language anew for each function that a kernel calls: half the time. Here once for all."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    for function in (cuda._kernels().forward_step, language.standard.cdiv):  # each sees another module of it
+        interpreter._patch_lang(function.fn)
+    interpreter.InterpretedFunction.__call__ = lambda self, *args, **kwargs: self.rewrite()(*args, **kwargs)
+
+
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
+        request.getfixturevalue("patched_once")
         monkeypatch.setattr(cuda, "takes", lambda device: True)
 
 
