@@ -1,6 +1,7 @@
 """The GPU's recurrence against the reference: on a GPU if there is one, else in Triton's interpreter.
 
-The interpreter replaces Triton in a whole process, so one test starts a pytest of its own, on this file.
+The interpreter replaces Triton in a whole process, so one test starts a pytest of its own, on this file and on
+test_triton_cells.py.
 
 Shape suffixes: B batch, T time, I input features, H hidden.
 """
@@ -12,39 +13,34 @@ import os
 import random
 import subprocess
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from triton_device import (
+    DEVICE,
+    EXACT,
+    GPU,
+    HALF,
+    INTERPRETED,
+    SINGLE,
+    compiled_for_an_absent_gpu,
+    lowered,
+    on_either,
+    on_gpu,
+    require_close,
+    to_compile,
+)
 
 from normlab.models.lstm import LSTM
 from normlab.norms import build_norm
 from normlab.recurrence import cuda, fast, graphs, reference
 from normlab.recurrence.reference import SiteNorms, Weights
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
-DEVICE = torch.device("cuda" if GPU else "cpu")
-on_either = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU; runs in the interpreter, in another process")
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
-
 BY_ROW, BY_COLUMN = ("none", "ln", "rms", "gn"), ("none", "bn", "bn_step")
 MAX_STEPS = 4
-EXACT = {"rtol": 1e-9, "atol": 1e-9}
-# Root mean square error relative to that of each result. Float32: sums in another order, divisions and exp to 2 units
-# in the last place. Bfloat16 has 8 bits, and rounds h and the weights at every time step. The worst, 5e-5 and 4e-2, are
-# gradients through the variance of a few rows.
-SINGLE, HALF = 1e-4, 6e-2
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:
-        monkeypatch.setattr(cuda, "takes", lambda device: True)
 
 
 def build(names: tuple[str, str, str], inputs: int, hidden: int, *, bias: bool, affine: bool, seed: int) -> Any:
@@ -85,31 +81,13 @@ def results(
     return found + [buffer for norm in norms for buffer in norm.buffers()]
 
 
-def require_close(found: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
-    for one, other in zip(found, exact, strict=True):
-        if one.is_floating_point():
-            error = (one.double() - other).norm() / other.norm().clamp(min=1e-3)
-            assert error < tolerance
-
-
-def lowered(weights: Weights, norms: SiteNorms, *tensors: Tensor) -> Any:
-    """The same in float32."""
-
-    def single(value: Tensor | None) -> Any:
-        return None if value is None else value.detach().float().requires_grad_()
-
-    twins = copy.deepcopy(norms)
-    for norm in twins:
-        norm.float()
-    return Weights(*(single(weight) for weight in weights)), twins, *(single(value) for value in tensors)
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
+    files = [__file__, str(Path(__file__).with_name("test_triton_cells.py"))]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", *files]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert run.returncode == 0, run.stdout[-5000:]
     assert " passed" in run.stdout
@@ -296,29 +274,8 @@ def trained(norm: str, steps: int, masked: bool = False) -> list[Tensor]:
     return [*found, *lstm.parameters(), *lstm.buffers()]
 
 
-class Replayed:
-    """A CUDA graph for the interpreter: the same launches on the same memory."""
-
-    def __init__(self, launch: Any, pool: Any = None) -> None:
-        self.replay, self.pool = launch, lambda: None
-
-
+@pytest.mark.usefixtures("fresh_graphs")
 class TestGraphs:
-    @pytest.fixture(
-        autouse=True,
-        params=[
-            pytest.param("cuda", marks=on_gpu),
-            pytest.param("interpreter", marks=pytest.mark.skipif(not INTERPRETED, reason="no interpreter")),
-        ],
-    )
-    def fresh(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        if request.param == "interpreter":
-            monkeypatch.setattr(graphs, "_with_graphs", lambda device: os.environ.get("NORMLAB_CUDA_GRAPHS") != "0")
-            monkeypatch.setattr(graphs, "_record", Replayed)
-        graphs._graphs.clear()
-        yield
-        graphs._graphs.clear()
-
     @pytest.mark.parametrize(("norm", "masked"), [("ln", True), ("bn_step", False)])
     def test_they_change_nothing(
         self, norm: str, masked: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -453,25 +410,7 @@ class TestOnAGpu:
         require_close(found, results(reference.lstm_layer, weights, norms, x, mask, h, c), 10 * SINGLE)
 
 
-class _AbsentGpu:
-    """As much of Triton's driver as compiling asks for."""
-
-    def __init__(self, capability: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self._target = GPUTarget("cuda", capability, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@pytest.mark.skipif(INTERPRETED or GPU, reason="they are compiled and run for real by the other tests")
+@to_compile
 @pytest.mark.parametrize(
     ("capability", "kinds", "rows", "hidden", "product_dtype"),
     [
@@ -485,30 +424,10 @@ def test_compiled_for_a_gpu_that_is_not_here(
     product_dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """All the way to machine code, which needs no GPU: the interpreter accepts much that the compiler does not."""
-    triton = pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernels = cuda._kernels()
-    compiled: dict[str, list[Any]] = defaultdict(list)
-
-    class Compiled:
-        triton = kernels.triton
-
-    class Compiler:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def __getitem__(self, grid: Any) -> Any:
-            kernel = getattr(kernels, self.name)
-            return lambda *args, **options: compiled[self.name].append(kernel.warmup(*args, grid=grid, **options))
-
     names = ("normalize_input", "normalize_input_backward", "forward_step", "backward_step")
-    for name in names:
-        setattr(Compiled, name, Compiler(name))
-    monkeypatch.setattr(cuda, "_kernels", lambda: Compiled)
-    monkeypatch.setattr(cuda, "_multiply", lambda *args: None)
+    compiled = compiled_for_an_absent_gpu(monkeypatch, tmp_path, capability, cuda, names)
     sites = tuple(cuda._Fixed(kind, 1, True, 1e-5, 0 if kind == cuda.ROWS else 2) for kind in kinds)
     shape = cuda._Shape(DEVICE, 0, 1, rows, hidden, torch.float32, product_dtype, True, False, True, "none", sites)
-    monkeypatch.setattr(triton.runtime.driver, "_active", _AbsentGpu(capability))
     for other in (shape._replace(kept=False), shape._replace(recomputed=True)):
         cuda._Tape(other).launch_forward()
     tape = cuda._Tape(shape)

@@ -28,14 +28,14 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from normlab.recurrence.graphs import Lease, Tape
+from normlab.recurrence.graphs import Lease, Tape, TapeShape, needed_again
 from normlab.recurrence.once import differentiated_once
 
 if TYPE_CHECKING:
@@ -55,27 +55,33 @@ def takes(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def failure(device: torch.device) -> str:
-    """Why nothing runs here; empty if a small layer does. Says so in the log, once."""
+def failure(device: torch.device, try_out: Callable[[torch.device], None] | None = None) -> str:
+    """Why nothing runs here; empty if a small layer does. Says so in the log, once.
+
+    Args:
+        try_out: runs small layers on a device; None: those of an LSTM.
+    """
+    try_out = try_out or _try_out
     if device.type != "cuda":
-        return _failure(device)
+        return _failure(device, try_out)
     if not torch.cuda.is_available():
         return "there is no GPU"
-    return _failure(torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _failure(torch.device("cuda", index), try_out)
 
 
 @functools.cache
-def _failure(device: torch.device) -> str:
+def _failure(device: torch.device, try_out: Callable[[torch.device], None]) -> str:
     try:
         with _plainly(device):
-            _try_out(device)
+            try_out(device)
     except ImportError:
         reason = "Triton is not installed"
     except Exception as error:
         reason = f"Triton fails: {type(error).__name__}: {str(error).strip()[:200]}"
     else:
         return ""
-    log.warning("normalized LSTMs run as a plain loop, many times slower: %s", reason)
+    log.warning("normalized recurrent layers run as a plain loop, many times slower: %s", reason)
     return reason
 
 
@@ -129,7 +135,7 @@ class _Shape(NamedTuple):
 class _Statistics:
     """A site's statistics and what it normalized; None where its kind has no use for them."""
 
-    def __init__(self, fixed: _Fixed, shape: _Shape, features: int, held: int) -> None:
+    def __init__(self, fixed: _Fixed, shape: TapeShape, features: int, held: int) -> None:
         def buffer(*size: int) -> Tensor:
             return torch.empty(size, dtype=shape.dtype, device=shape.device)
 
@@ -323,7 +329,7 @@ class _Gradients:
         return _Passed(self.d_next.clone(), self.d_h[0].clone() if masked else None, self.d_c[0].clone())
 
 
-def _tile(shape: _Shape, sites: Iterable[_Fixed]) -> tuple[tuple[int, int], dict[str, int]]:
+def _tile(shape: TapeShape, sites: Iterable[_Fixed]) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid down and across a B x H state, and what the kernels are told of their tile."""
     power = _kernels().triton.next_power_of_2
     if any(site.kind == BATCH for site in sites):
@@ -612,7 +618,7 @@ class Recurrence(torch.autograd.Function):
         assert passed.d_next is not None
         d_h = passed.d_next if passed.d_h is None else passed.d_next + passed.d_h
         # The graph lives as long as the loss does; torch itself then refuses another backward.
-        if not torch._C._autograd._get_current_graph_task_keep_graph():  # pyright: ignore[reportAttributeAccessIssue]
+        if not needed_again():
             ctx.lease = None
         results = [d_x, *totals[:3], d_h, passed.d_c, *totals[3:]]
         return (None, *differentiated_once(results))

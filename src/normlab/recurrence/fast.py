@@ -27,7 +27,7 @@ site, K groups, N = T x B.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,11 +75,13 @@ def not_now_for(
     norms: SiteNorms,
     step: Step,
     device: torch.device | None = None,
+    gpu_failure: Callable[[torch.device], str] = cuda.failure,
 ) -> str:
     """Why this call can not run here, if the layer can in principle; empty if it can.
 
     Args:
         device: the device asked about; None is that of `x_TBI`.
+        gpu_failure: why nothing runs on a GPU; empty if layers of this kind do.
     """
     if torch.compiler.is_compiling():
         return "torch.compile traces the loop"
@@ -113,7 +115,7 @@ def not_now_for(
         return "a norm is being watched"
     if not x_TBI.numel():
         return "the input is empty"
-    return cuda.failure(device) if on_gpu else ""
+    return gpu_failure(device) if on_gpu else ""
 
 
 def on_kernels(norms: Sequence[Norm]) -> bool:

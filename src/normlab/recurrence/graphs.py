@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Lease", "Tape", "TapeShape"]
+__all__ = ["Lease", "Tape", "TapeShape", "needed_again"]
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,21 @@ class TapeShape(Protocol):
     """What a sequence's memory and launches depend on; hashable. Two calls of equal shape can replay one graph.
 
     Attributes:
+        length, rows, hidden: T, B, H.
+        dtype: of the state.
         kept: whether there will be a backward.
     """
 
     @property
     def device(self) -> torch.device: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
     @property
     def kept(self) -> bool: ...
 
@@ -113,6 +123,11 @@ class Lease(Generic[AnyTape]):
     def __del__(self) -> None:
         if self._home is not None:
             self._home.idle.append(self.tape)
+
+
+def needed_again() -> bool:
+    """Within a backward: whether there can be another one of the same call."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _with_graphs(device: torch.device) -> bool:
