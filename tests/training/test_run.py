@@ -368,3 +368,11 @@ def test_the_models_fields_are_covered_by_their_own_tests():
         text = "".join(path.read_text() for path in Path("tests/models").glob(f"{file}*.py"))
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in text and field.name != "name"]
         assert not missing
+
+
+def test_a_run_on_a_cpu_leaves_a_gpu_alone(tiny_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking CUDA for anything takes memory on the GPU, and fails where the GPU is another program's alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("CUDA was asked"))
+    record = train(tiny_run(training__accelerator="cpu", training__steps=2))
+    assert record.outcome().state == "finished"
