@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normlab.recurrence.graphs import Lease, Tape, TapeShape, needed_again
+from normlab.recurrence.graphs import Lease, Tape, TapeShape, needed_again, one_at_a_time
 from normlab.recurrence.once import differentiated_once
 
 if TYPE_CHECKING:
@@ -598,7 +598,7 @@ class Recurrence(torch.autograd.Function):
         d_x = x_TBI.new_empty(x_TBI.shape) if needs[1] else None
         passed = _Passed(None, None, d_last_c)
         totals: list[Tensor | None] = []
-        with torch.no_grad(), _plainly(x_TBI.device):
+        with torch.no_grad(), _plainly(x_TBI.device), one_at_a_time:
             for number, part in reversed(list(enumerate(parts))):
                 lease = ctx.lease
                 if lease is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from normlab.recurrence import cuda
 from normlab.recurrence.cuda import BATCH, NONE, ROWS
-from normlab.recurrence.graphs import Lease, Tape, needed_again
+from normlab.recurrence.graphs import Lease, Tape, needed_again, one_at_a_time
 from normlab.recurrence.once import differentiated_once
 
 if TYPE_CHECKING:
@@ -270,9 +270,10 @@ class Recurrence(torch.autograd.Function):
             tape = lease.tape
             tape.load(site, mask_TB, count_T, projected_TBG, weight_GH, bias_G, h_BH, weight_G, site_bias_G)
             tape.forward()
-            # Stored right after the call, before another one uses the tape.
-            site.mean, site.spread = tape.site.mean, tape.site.spread
-            # A copy: the next replay writes the tape anew.
+            # Copies: the next replay writes the tape anew.
+            site.mean, site.spread = (
+                None if value is None else value.clone() for value in (tape.site.mean, tape.site.spread)
+            )
             output = tape.states[1:].clone()
         if kept:
             ctx.lease = lease
@@ -285,7 +286,7 @@ class Recurrence(torch.autograd.Function):
         _ = ctx.saved_tensors
         tape: _Tape = ctx.lease.tape
         shape, needs = tape.shape, ctx.needs_input_grad
-        with torch.no_grad(), cuda._plainly(shape.device):
+        with torch.no_grad(), cuda._plainly(shape.device), one_at_a_time:
             gradients: _Gradients = tape.gradients or tape.new_gradients()
             gradients.d_output.copy_(d_results[0])
             tape.backward(gradients)

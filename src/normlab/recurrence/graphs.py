@@ -7,9 +7,11 @@ stay allocated between calls.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Lease", "Tape", "TapeShape", "needed_again"]
+__all__ = ["Lease", "Tape", "TapeShape", "needed_again", "one_at_a_time"]
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +27,7 @@ CALLS_BEFORE_CAPTURE = 2
 MOST_GRAPHS = 8
 """Captured sequences that are kept, forward and backward counted as one."""
 MOST_SHAPES = 64
-"""Shapes whose calls are counted."""
+"""Shapes whose calls are counted, those with graphs aside."""
 CALLS_UNTIL_FORGOTTEN = 2000
 """A shape that has not been called for so many calls of others loses its graphs."""
 
@@ -104,6 +106,8 @@ class _Graphs:
 _calls = itertools.count()
 _graphs: OrderedDict[tuple[Any, Any], _Graphs] = OrderedDict()
 """By kind of tape and shape, the latest last."""
+one_at_a_time = threading.RLock()
+"""Held by a thread that looks for a tape, captures one, or works on gradients that tapes of one shape share."""
 
 
 class Lease(Generic[AnyTape]):
@@ -112,13 +116,14 @@ class Lease(Generic[AnyTape]):
     _home: _Graphs | None = None
 
     def __init__(self, kind: Callable[[Any], AnyTape], shape: TapeShape) -> None:
-        home = _home(kind, shape) if _with_graphs(shape.device) else None
-        if home is not None and home.idle:
-            self.tape, self._home = home.idle.pop(), home
-            return
-        self.tape = kind(shape)
-        if home is not None and _capture(self.tape, shape.kept, home):
-            self._home = home
+        with one_at_a_time:
+            home = _home(kind, shape) if _with_graphs(shape.device) else None
+            if home is not None and home.idle:
+                self.tape, self._home = home.idle.pop(), home
+                return
+            self.tape = kind(shape)
+            if home is not None and _capture(self.tape, shape.kept, home):
+                self._home = home
 
     def __del__(self) -> None:
         if self._home is not None:
@@ -142,8 +147,11 @@ def _home(kind: Callable[[Any], Tape], shape: TapeShape) -> _Graphs | None:
     _graphs.move_to_end((kind, shape))
     home.calls += 1
     home.latest = next(_calls)
-    while len(_graphs) > MOST_SHAPES or home.latest - next(iter(_graphs.values())).latest > CALLS_UNTIL_FORGOTTEN:
+    while home.latest - next(iter(_graphs.values())).latest > CALLS_UNTIL_FORGOTTEN:
         _graphs.popitem(last=False)
+    # Not one with graphs: where lengths vary, others would be captured in their place, and as soon be gone.
+    for key in [key for key, graphs in _graphs.items() if not graphs.captured][:-MOST_SHAPES]:
+        del _graphs[key]
     if home.fails or home.calls <= CALLS_BEFORE_CAPTURE:
         return None
     full = sum(graphs.captured for graphs in _graphs.values()) >= MOST_GRAPHS
@@ -175,6 +183,13 @@ def _record(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGrap
     # The outer one because a failed capture leaves its own stream the current one; "thread_local" because other
     # threads, such as those that load data, go on using the GPU.
     here = torch.cuda.stream(torch.cuda.current_stream())
-    with here, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    side = _side_stream(torch.cuda.current_device())
+    with here, torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         launch()
     return graph
+
+
+@functools.cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Where launches are recorded. That of `torch.cuda.graph` is on the GPU that had the first capture, for ever."""
+    return torch.cuda.Stream(device)

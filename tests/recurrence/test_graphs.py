@@ -1,0 +1,123 @@
+"""Which calls replay a graph, with tapes and graphs that do nothing. What real ones compute: test_triton.py."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from normlab.recurrence import graphs
+from normlab.recurrence.graphs import MOST_GRAPHS, MOST_SHAPES, Lease, Tape
+
+
+class Shape(NamedTuple):
+    length: int
+    device: torch.device = torch.device("cpu")
+    rows: int = 1
+    hidden: int = 1
+    dtype: torch.dtype = torch.float32
+    kept: bool = True
+
+
+class EmptyTape(Tape):
+    users = 0
+
+    def __init__(self, shape: Any) -> None:
+        pass
+
+    def launch_forward(self) -> None:
+        pass
+
+    def new_gradients(self) -> Any:
+        return object()
+
+    def launch_backward(self, gradients: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The pool of each capture so far; None for a forward."""
+    found: list[Any] = []
+
+    class Graph:
+        def __init__(self, launch: Callable[[], None], pool: Any = None) -> None:
+            found.append(pool)
+
+        def pool(self) -> str:
+            return "that of forward"
+
+    monkeypatch.setattr(graphs, "_graphs", OrderedDict())
+    monkeypatch.setattr(graphs, "_with_graphs", lambda device: True)
+    monkeypatch.setattr(graphs, "_record", Graph)
+    return found
+
+
+def test_of_many_lengths_a_few_are_captured_once(records: list[Any]) -> None:
+    draw = random.Random(0)
+    for _ in range(3000):
+        Lease(EmptyTape, Shape(draw.randrange(100)))
+    assert records == [None, "that of forward"] * MOST_GRAPHS
+    assert len(graphs._graphs) == MOST_GRAPHS + MOST_SHAPES
+
+
+def test_threads_take_turns(records: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    record, underway, faults = graphs._record, [], []
+
+    def slow(launch: Callable[[], None], pool: Any = None) -> Any:
+        underway.append(launch)
+        time.sleep(1e-4)
+        if len(underway) > 1:  # torch allows one capture at a time
+            faults.append("captured at a time")
+        underway.remove(launch)
+        return record(launch, pool)
+
+    def call(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(500):
+            tape = (lease := Lease(EmptyTape, Shape(draw.randrange(70)))).tape
+            tape.users += 1
+            if tape.users > 1:
+                faults.append("on one tape")
+            tape.users -= 1
+            del lease
+
+    monkeypatch.setattr(graphs, "_record", slow)
+    interval = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(1e-6)
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(call, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not faults
+    assert len(records) == 2 * MOST_GRAPHS
+
+
+def test_recorded_on_a_stream_of_the_same_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[Any] = []
+
+    def graph(recorded: Any, *, stream: Any = "that of the first GPU", **options: Any) -> Any:
+        streams.append(stream)
+        return nullcontext()
+
+    gpu = iter((0, 1, 0))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: next(gpu))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"one of GPU {device}")
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    graphs._side_stream.cache_clear()
+    for _ in range(3):
+        graphs._record(lambda: None)
+    graphs._side_stream.cache_clear()
+    assert streams == ["one of GPU 0", "one of GPU 1", "one of GPU 0"]
