@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from triton_device import (
 )
 
 from normlab.models.gru import GRU
+from normlab.models.lstm import LSTM
 from normlab.models.rnn import RNN
 from normlab.norms import build_norm
 from normlab.recurrence import cuda, cuda_cells, fast, fast_cells, graphs, reference
+from normlab.recurrence.graphs import Tape
 
 CELLS = sorted(GATES)
 LOOPS = [*((norm, "training") for norm in NORMS), ("bn", "evaluation"), ("bn_step", "evaluation")]
@@ -238,6 +241,43 @@ class TestGraphs:
         (home,) = graphs._graphs.values()
         assert home.captured == 1
         assert all(one.equal(other) for one, other in zip(returned, copies, strict=True))
+
+    def test_statistics_to_store_stay(self) -> None:
+        weights, norms, _, _, h = drawn("tanh", "none", "bn", rows=2)
+        site = fast._site(norms.hidden_to_hidden, None, 0, 2, 1, h)
+        found: list[Any] = []
+        for _ in range(4):
+            projected = torch.randn(1, 2, len(weights.hidden), dtype=h.dtype, device=DEVICE)
+            states = torch.randn_like(h)
+            given = (projected, weights.hidden, None, states, site.weight, site.bias)
+            with torch.no_grad():
+                cuda_cells.Recurrence.apply(("tanh", site, None, None, False), *given)
+            expected = (states @ weights.hidden.t()).mean(0, keepdim=True)
+            found.append((site.mean, expected))
+        (home,) = graphs._graphs.values()
+        assert (home.captured, len(home.idle)) == (1, 1)
+        for mean, expected in found:
+            torch.testing.assert_close(mean, expected)
+
+    @pytest.mark.parametrize("kind", [LSTM, GRU])
+    def test_no_other_thread_captures_amid_a_backward(self, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Its launches would write the gradients that tapes of one shape share.
+        def acquired() -> bool:
+            free = graphs.one_at_a_time.acquire(blocking=False)
+            if free:
+                graphs.one_at_a_time.release()
+            return free
+
+        backward, found = Tape.backward, []
+
+        def watched(tape: Tape, gradients: Any) -> None:
+            with ThreadPoolExecutor(1) as other:
+                found.append(other.submit(acquired).result())
+            backward(tape, gradients)
+
+        monkeypatch.setattr(Tape, "backward", watched)
+        kind(3, 4, norm="none", backend="fast", device=DEVICE)(torch.randn(1, 1, 3, device=DEVICE))[0].sum().backward()
+        assert found == [False]
 
 
 class TestOnAGpu:
