@@ -183,8 +183,6 @@ class Recurrent(nn.RNNBase):
         self.counts_steps = any(norm.per_step for norm in every)
         self.mixes_rows = any(not norm.batch_independent for norm in every)
         obstacle = self._never_fast()
-        if recompute and not self.fast.recomputes(torch.device("cpu")):
-            obstacle = f"recompute is set, for which a normlab.{kind} has no fast form"
         if backend == "fast" and obstacle:
             raise InputError(f'{obstacle}; use backend="auto", which then takes the plain loop')
 
@@ -209,13 +207,11 @@ class Recurrent(nn.RNNBase):
         if self._fused():
             return "fused", "every site is bare"
         there = torch.device(device)
-        if self.recompute and not self.fast.recomputes(there):
-            return "reference", f"recompute is set, on a {there.type} device"
         suffix = self._suffixes()[0]
         norms, weights = self._site_norms(suffix), self._weights(suffix)
         like = torch.empty(1, 1, 1, dtype=weights.hidden.dtype, device="meta")
         state = [like] * len(self.State.fields)
-        obstacle = self.fast.not_now_for(like, *state, weights, norms, 0, there) or self._never_fast()
+        obstacle = self._never_fast() or self.fast.not_now_for(like, *state, weights, norms, 0, there)
         return ("reference", obstacle) if obstacle else ("fast", self.fast.engine(norms, weights.hidden.dtype, there))
 
     def stepwise_norms(self) -> list[Norm]:
@@ -230,6 +226,8 @@ class Recurrent(nn.RNNBase):
         return self.backend == "auto" and self.bare and not self.recompute
 
     def _never_fast(self) -> str:
+        if self.recompute and not self.fast.RECOMPUTES:
+            return f"recompute is set, for which a normlab.{type(self).__name__} has no fast form"
         suffix = self._suffixes()[0]
         return self.fast.never_for(self._site_norms(suffix), self._weights(suffix))
 

@@ -49,9 +49,11 @@ from normlab.recurrence import cuda, kernels, reference
 from normlab.recurrence.once import differentiated_once
 from normlab.recurrence.reference import SEGMENT, SiteCarry, SiteNorms, Weights
 
-__all__ = ["engine", "lstm_layer", "never_for", "not_now_for", "on_kernels", "recomputes"]
+__all__ = ["RECOMPUTES", "engine", "lstm_layer", "never_for", "not_now_for", "on_kernels"]
 
 NONE, ROWS, BATCH, STORED = range(4)  # as in kernels.c
+RECOMPUTES = True
+"""Whether the layer can take for backward what forward did not keep."""
 SMALLEST_PARALLEL = 4096
 """B x H below which a step is not worth waking a second thread for."""
 
@@ -121,11 +123,6 @@ def not_now_for(
 def on_kernels(norms: Sequence[Norm]) -> bool:
     """Whether the C kernels serve these norms in their present mode."""
     return not {ROWS, BATCH} <= {_kind(norm) for norm in norms}
-
-
-def recomputes(device: torch.device) -> bool:
-    """Whether the layer can take for backward what forward did not keep."""
-    return True
 
 
 def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device | None = None) -> str:

@@ -28,9 +28,12 @@ from normlab.recurrence.fast import BATCH, NONE, ROWS, never_for
 from normlab.recurrence.once import differentiated_once
 from normlab.recurrence.reference import Activation, SiteCarry, SiteNorms, Weights, project
 
-__all__ = ["engine", "gru_layer", "never_for", "not_now_for", "on_kernels", "recomputes", "rnn_layer"]
+__all__ = ["RECOMPUTES", "engine", "gru_layer", "never_for", "not_now_for", "on_kernels", "rnn_layer"]
 
 Cell = Literal["gru", "tanh", "relu"]
+
+RECOMPUTES = False
+"""Whether the layers can take for backward what forward did not keep."""
 
 
 def not_now_for(
@@ -49,11 +52,6 @@ def not_now_for(
 def on_kernels(norms: SiteNorms) -> bool:
     """Whether the C kernels serve these norms in their present mode: the only site in the loop is one."""
     return True
-
-
-def recomputes(device: torch.device) -> bool:
-    """Whether the layers can take for backward what forward did not keep."""
-    return False
 
 
 def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device | None = None) -> str:
