@@ -31,7 +31,7 @@ class EmptyTape(Tape):
     users = 0
 
     def __init__(self, shape: Any) -> None:
-        pass
+        self.memory = torch.empty(1)
 
     def launch_forward(self) -> None:
         pass
@@ -67,6 +67,14 @@ def test_of_many_lengths_a_few_are_captured_once(records: list[Any]) -> None:
         Lease(EmptyTape, Shape(draw.randrange(100)))
     assert records == [None, "that of forward"] * MOST_GRAPHS
     assert len(graphs._graphs) == MOST_GRAPHS + MOST_SHAPES
+
+
+def test_from_inference_mode_it_serves_elsewhere(records: list[Any]) -> None:
+    with torch.inference_mode():
+        for _ in range(3):
+            Lease(EmptyTape, Shape(1))
+    assert records
+    Lease(EmptyTape, Shape(1)).tape.memory.zero_()
 
 
 def test_threads_take_turns(records: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,8 @@ class Lease(Generic[AnyTape]):
             if home is not None and home.idle:
                 self.tape, self._home = home.idle.pop(), home
                 return
-            self.tape = kind(shape)
+            with torch.inference_mode(False):  # whose tensors nothing else may write to
+                self.tape = kind(shape)
             if home is not None and _capture(self.tape, shape.kept, home):
                 self._home = home
 
