@@ -140,6 +140,18 @@ def test_sums_of_squares_beyond_fp32():
     assert not grad.isnan().any()
 
 
+def test_local_response_where_squares_overflow():
+    """All that is left of such entries is 0, and so is its derivative, in either form."""
+
+    def total(x: Tensor) -> Tensor:
+        return fused.local_response(x, 3, 1.0, 0.75, 1.0).sum()
+
+    x = torch.tensor([1e30, 1.0, -1e30, 0.0]).requires_grad_()
+    (grad,) = torch.autograd.grad(total(x), x)
+    torch.testing.assert_close(grad, torch.zeros(4))
+    torch.testing.assert_close(torch.func.grad(total)(x.detach()), torch.zeros(4))
+
+
 @pytest.mark.parametrize("in_torch", [False, True])
 def test_by_prefix_where_sums_of_squares_overflow(monkeypatch: pytest.MonkeyPatch, in_torch: bool):
     """Every second entry of the last three features is 1e30; the first feature is ordinary, to see that it stays so."""

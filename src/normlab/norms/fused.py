@@ -141,11 +141,10 @@ def _damping(x: Tensor, window: int, alpha: float, k: float) -> Tensor:
 
 
 def _inverse_power(x: Tensor, beta: float) -> Tensor:
-    """x^-beta; for the published beta by roots, in a third of the time of a general power."""
+    """x^-beta; for the published beta by roots, in half the time of a general power."""
     if beta != 0.75:
         return x**-beta
-    root = x.rsqrt()
-    return root * root.sqrt()
+    return x.rsqrt() * x.sqrt().rsqrt()  # the root of x.rsqrt() would have no derivative where x is infinite
 
 
 def _window_sum(x: Tensor, before: int, after: int) -> Tensor:
