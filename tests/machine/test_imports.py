@@ -31,7 +31,7 @@ def test_what_was_imported_is_left_out_afterwards(monkeypatch: pytest.MonkeyPatc
         kept += [[] for _ in range(1000)]
     frozen = gc.get_freeze_count()
     with without_collecting():
-        monkeypatch.setitem(sys.modules, "made_up", ModuleType("made_up"))
+        monkeypatch.setitem(sys.modules, "imported_now", ModuleType("imported_now"))
         kept += [[] for _ in range(1000)]
     assert gc.get_freeze_count() >= frozen + 1000
     frozen = gc.get_freeze_count()

@@ -251,6 +251,7 @@ def test_stored_values_survive_casts_copies_and_moves(name: str, options: dict[s
     assert moved.train()(torch.empty(B, T, F, device="meta")).shape == (B, T, F)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @every_variant
 def test_a_gpu_gives_the_same(name: str, options: dict[str, Any]) -> None:

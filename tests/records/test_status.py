@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
@@ -434,6 +434,15 @@ def test_no_heavy_library_is_imported(record: Callable[..., RunRecord]):
     assert done.stdout.splitlines()[-1] == "set()"
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """It works, even where the tests were started in the background, in which shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_live_view_follows_and_ends_well_with_ctrl_c(record: Callable[..., RunRecord], monkeypatch):
     run = record(2)
     said = StringIO()

@@ -20,7 +20,6 @@ from normlab.recurrence.reference import SiteNorms, Weights
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if GPU else "cpu")
-on_either = pytest.mark.skipif(not (GPU or INTERPRETED), reason="no GPU; runs in the interpreter, in another process")
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
 to_compile = pytest.mark.skipif(INTERPRETED or GPU, reason="they are compiled and run for real by the other tests")
 
@@ -29,6 +28,12 @@ EXACT = {"rtol": 1e-9, "atol": 1e-9}
 # in the last place. Bfloat16 has 8 bits, and rounds h and the weights at every time step. The worst, 5e-5 and 4e-2, are
 # gradients through the variance of a few rows.
 SINGLE, HALF = 1e-4, 6e-2
+
+
+def on_either(test: Any) -> Any:
+    """Mark a test that runs on a GPU, and in the interpreter without one."""
+    reason = "no GPU; runs in the interpreter, in another process"
+    return pytest.mark.gpu(pytest.mark.skipif(not (GPU or INTERPRETED), reason=reason)(test))
 
 
 def require_close(found: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
