@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import os
 import random
 import socket
@@ -18,6 +19,9 @@ os.environ["WANDB_MODE"] = "disabled"
 os.environ.pop("WANDB_API_KEY", None)
 
 from normlab.config import RunConfig, config_from_dict
+
+# Imports of torch, Lightning and transformers make no garbage, and to look for it would take a fifth of their time.
+gc.disable()
 
 WORDS = [
     "the",
@@ -42,6 +46,13 @@ WORDS = [
     "cell",
     "gate",
 ]
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for, but less often than else, and not among all that was imported."""
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

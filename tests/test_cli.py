@@ -124,6 +124,19 @@ def test_mistakes_are_found_before_torch_is_imported():
         assert "Traceback" not in done.stderr
 
 
+def test_without_jsonargparse_one_line_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main([]) == 0
+    capsys.readouterr()
+    for arguments in (["train", "--help"], ["status", "--help"], ["report", "--help"]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "pip install 'jsonargparse[signatures]'" in error
+        assert error.count("\n") == 1
+
+
 def test_help_of_an_architecture_of_transformers(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["train", "--model", "hf:gpt2", "--help"])

@@ -13,10 +13,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from normlab.config import (
     MODELS,
@@ -31,9 +30,13 @@ from normlab.config import (
     require_choice,
     run_id,
 )
+from normlab.machine.imports import without_collecting
 from normlab.machine.processes import ProcessError, place_in_run, says_mistakes
 from normlab.machine.terminal import printable
 from normlab.records.disk import read_yaml
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
 
 SHORT = {"--norm": "--model.norm", "--model": "--model.name", "--data": "--data.corpus"}
 
@@ -95,7 +98,9 @@ def _train(arguments: list[str]) -> int:
 
     require_corpus(config.data)
     from normlab.records.summary import show
-    from normlab.training.run import train
+
+    with without_collecting():
+        from normlab.training.run import train
 
     record = train(config)
     if not place.is_first:
@@ -383,6 +388,12 @@ def _resumed(run: str, arguments: Sequence[str], options: Namespace) -> RunConfi
 
 
 def _parser(command: str, description: str | None) -> ArgumentParser:
+    try:
+        from jsonargparse import ArgumentParser, set_parsing_settings
+    except ImportError:
+        raise InputError(
+            "the command line needs jsonargparse: pip install 'jsonargparse[signatures]' (normlab.train needs none)"
+        ) from None
     # Else a config with a `class_path` anywhere in model.overrides has the module of that name imported, which runs it.
     set_parsing_settings(import_path_denylist=["*"])
     return ArgumentParser(
@@ -391,6 +402,8 @@ def _parser(command: str, description: str | None) -> ArgumentParser:
 
 
 def _parse(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    from jsonargparse import ArgumentError
+
     try:
         return parser.parse_args(list(arguments))
     except (ArgumentError, ImportError) as error:  # ImportError: a value names something to import

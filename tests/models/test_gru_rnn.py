@@ -153,9 +153,11 @@ def run(module: Recurrent, lengths: Tensor | None) -> list[Tensor]:
 @pytest.mark.parametrize("cell", CELLS)
 def test_auto_equals_the_reference(cell: str, norm: str, lengths: Tensor | None) -> None:
     auto = build(cell, norm, num_layers=2, bidirectional=True)
+    assert auto.backend_choice()[0] == ("fused" if norm == "none" else "fast" if norm in FAST else "reference")
+    if norm not in FAST:
+        return  # it is the reference
     plain = copy.deepcopy(auto)
     plain.backend = "reference"
-    assert auto.backend_choice()[0] == ("fused" if norm == "none" else "fast" if norm in FAST else "reference")
     for one, other in zip(run(auto, lengths), run(plain, lengths), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 

@@ -32,19 +32,23 @@ OTHERS: list[dict[str, Any]] = [
 
 
 def variants(dim: int = F) -> list[tuple[str, dict[str, Any]]]:
-    found: list[tuple[str, dict[str, Any]]] = []
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in available_norms():
         takes = norm_options(name)
         for options in [{}, *({"pool": pool} for pool in POOLS), *OTHERS]:
             options = {key: value for key, value in options.items() if key in takes}
-            if (name, options) in found:
-                continue
             try:
-                build_norm(name, dim, **options)
+                norm = build_norm(name, dim, **options)
             except InputError:
                 continue
-            found.append((name, options))
-    return found
+            found.setdefault(makeup(norm), (name, options))
+    return list(found.values())
+
+
+def makeup(norm: Norm) -> str:
+    """All that a new norm consists of: the same for options that say what is the default anyway."""
+    own = {key: value for key, value in vars(norm).items() if key not in vars(nn.Module())}
+    return repr((type(norm), own, norm._parameters, norm._buffers))
 
 
 def label(value: Any) -> str:

@@ -41,7 +41,8 @@ def numbers(record: RunRecord) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("model", ["lstm", "transformer", "mlp"])
 @pytest.mark.parametrize("norm", available_norms())
 def test_every_norm_trains_in_every_model(tiny_run: Build, model: str, norm: str):
-    record = train(tiny_run(model=model, model__norm=norm, training__steps=30, optim__lr=1e-2))
+    once = {"training__valid_every": 30, "training__checkpoint_every": 30, "training__activations_every": 30}
+    record = train(tiny_run(model=model, model__norm=norm, training__steps=30, optim__lr=1e-2, **once))
     outcome = record.outcome()
     assert outcome.state == "finished"
     losses = [row["train_loss_nats"] for row in record.metrics() if "train_loss_nats" in row]
@@ -175,6 +176,7 @@ def test_the_last_step_competes_for_the_best_weights(tiny_run: Build):
 def test_classification_learns_and_stands_beside_its_baseline(tiny_run: Build, tiny_labels: Path):
     for model in ("lstm", "transformer", "mlp"):
         changes = {"data__corpus": str(tiny_labels), "training__steps": 150, "optim__lr": 1e-2, "data__length": 0}
+        changes |= {"training__valid_every": 150, "training__checkpoint_every": 150, "training__activations_every": 0}
         results = train(tiny_run(model=model, **changes)).outcome().results
         assert float(results["majority_test_accuracy"]) < 0.7
         assert float(results["test_accuracy"]) > 0.9
@@ -305,12 +307,20 @@ ELSEWHERE = {
 FIELDS = [(cls, field.name) for cls in OTHER for field in dataclasses.fields(cls)]
 
 
+SHORT = {"training__steps": 8, "training__valid_every": 4, "model__width": 8}
+
+
+@pytest.fixture(scope="module")
+def short_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the run that `test_every_field_changes_a_run` compares with, which is trained once."""
+    return tmp_path_factory.mktemp("short")
+
+
 @pytest.mark.parametrize(("cls", "name"), [f for f in FIELDS if f not in ELSEWHERE], ids=lambda value: str(value))
-def test_every_field_changes_a_run(tiny_run: Build, tmp_path: Path, cls: type, name: str):
+def test_every_field_changes_a_run(tiny_run: Build, short_runs: Path, cls: type, name: str):
     part = {OptimConfig: "optim", TrainingConfig: "training", DataConfig: "data"}[cls]
-    short = {"training__steps": 8, "training__valid_every": 4, "model__width": 8}
-    base = train(tiny_run(**short, output__runs_dir=str(tmp_path / "base")))
-    config = tiny_run(**{**short, f"{part}__{name}": OTHER[cls][name]})
+    base = train(tiny_run(**SHORT, output__runs_dir=str(short_runs)))
+    config = tiny_run(**{**SHORT, f"{part}__{name}": OTHER[cls][name]})
     if name == "accelerator" and not torch.cuda.is_available():
         with pytest.raises(InputError, match="torch sees none"):
             train(config)
@@ -358,3 +368,11 @@ def test_the_models_fields_are_covered_by_their_own_tests():
         text = "".join(path.read_text() for path in Path("tests/models").glob(f"{file}*.py"))
         missing = [field.name for field in dataclasses.fields(cls) if field.name not in text and field.name != "name"]
         assert not missing
+
+
+def test_a_run_on_a_cpu_leaves_a_gpu_alone(tiny_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking CUDA for anything takes memory on the GPU, and fails where the GPU is another program's alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("CUDA was asked"))
+    record = train(tiny_run(training__accelerator="cpu", training__steps=2))
+    assert record.outcome().state == "finished"

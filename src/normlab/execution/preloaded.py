@@ -6,6 +6,7 @@ What a study began with is what all its runs are trained with, and what they rec
 import importlib
 
 from normlab.config import available_norms, available_probes
+from normlab.machine.imports import without_collecting
 from normlab.records.environment import code_commit
 
 MODULES = (
@@ -16,6 +17,7 @@ MODULES = (
     *(f"normlab.probes.{name}" for name in available_probes()),
 )
 
-for module in MODULES:
-    importlib.import_module(module)
+with without_collecting():
+    for module in MODULES:
+        importlib.import_module(module)
 code_commit()

@@ -27,7 +27,7 @@ class GRU(Recurrent, nn.GRU):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU.
         sites: as `normlab.LSTM`, but a GRU has no c: `cell` stays at its default.
         norm, norm_options, causal, max_steps: as `normlab.LSTM`.
-        backend: as `normlab.LSTM`, but "fast" is for a CPU with a C compiler alone.
+        backend: as `normlab.LSTM`; on a CPU "fast" needs a C compiler.
         recompute: as `normlab.LSTM`, on the plain loop.
 
     Raises:

@@ -61,7 +61,7 @@ class LSTM(Recurrent, nn.LSTM):
             which alone differentiates twice.
         recompute: save memory in training on long sequences: backward takes gates and normalized values anew, a segment
             of the sequence at a time, and little more than the outputs is kept (recurrence/fast.py says how much).
-            "auto" then never takes torch's fused kernel, which keeps everything; on a GPU it takes the plain loop.
+            "auto" then never takes torch's fused kernel, which keeps everything.
         max_steps: time steps with stored statistics of their own, for norms that keep them, unless
             `norm_options.max_steps` says another; later ones share a set (`norm_options.beyond`).
 

@@ -26,7 +26,7 @@ class RNN(Recurrent, nn.RNN):
             as torch.nn.RNN.
         sites: as `normlab.LSTM`, but an RNN has no c: `cell` stays at its default.
         norm, norm_options, causal, max_steps: as `normlab.LSTM`.
-        backend: as `normlab.LSTM`, but "fast" is for a CPU with a C compiler alone.
+        backend: as `normlab.LSTM`; on a CPU "fast" needs a C compiler.
         recompute: as `normlab.LSTM`, on the plain loop.
 
     Raises:

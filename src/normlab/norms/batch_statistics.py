@@ -43,7 +43,8 @@ def as_it_stands(stored: Tensor) -> Tensor:
 
     Under torch.compile the backward graph may compute a value again from the buffer it came from, by then updated
     (torch 2.11 to 2.13: wrong gradients without a word, even through `clone`). The result of an operator that the
-    compiler can not look into is kept instead.
+    compiler can not look into is kept instead. What changes the stored value begins from this result too: torch 2.11
+    does not keep the operator before a change that does not need it.
     """
     return _snapshot(stored) if torch.compiler.is_compiling() else stored
 
@@ -253,7 +254,7 @@ class BatchStatisticsNorm(Norm, ABC):
                 (self.recent_var, newest.var),
                 (self.recent_count, newest.count.squeeze(-1)),
             ):
-                recent.copy_(torch.cat([recent[1:], value.unsqueeze(0)]))
+                recent.copy_(torch.cat([as_it_stands(recent)[1:], value.unsqueeze(0)]))
 
     def update(self, statistics: Moments, step: Step) -> None:
         """Move the stored values towards one sequence's statistics."""
@@ -276,10 +277,12 @@ class BatchStatisticsNorm(Norm, ABC):
         """
         for whole, value in ((self.running_mean, target.mean), (self.running_var, target.var)):
             if whole is not None:
-                stored = whole if sets is None else whole[sets]
-                # Not (value - stored) * rate alone: at rate 1 that would round.
-                moved = torch.where(rate_S1 == 1, value, stored + (value - stored) * rate_S1)
-                stored.copy_(torch.where(value.isfinite(), moved, stored).view_as(stored))
+                stored, before = whole, as_it_stands(whole)
+                if sets is not None:
+                    stored, before = stored[sets], before[sets]
+                # Not (value - before) * rate alone: at rate 1 that would round.
+                moved = torch.where(rate_S1 == 1, value, before + (value - before) * rate_S1)
+                stored.copy_(torch.where(value.isfinite(), moved, before).view_as(stored))
 
     def begin_collecting(self) -> None:
         """From now on `store` collects, and leaves the stored values alone."""

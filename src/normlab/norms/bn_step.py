@@ -125,12 +125,14 @@ class StepBatchNorm(BatchStatisticsNorm):
             new = statistics._replace(count=count.unsqueeze(-1))
         else:
             new = self.by_slot(statistics, step, 2)
-        seen = self.seen if sets is None else self.seen[sets]
+        seen, before = self.seen, as_it_stands(self.seen)
+        if sets is not None:
+            seen, before = seen[sets], before[sets]
         # Rows per step, not entries, say how much a slot has learnt: the shared last slot is no more than full.
         largest = statistics.count.max().clamp(min=1)
         share = self.momentum * (new.count / largest).clamp(max=1)
-        self.move(self.unbias(new), torch.where(seen.unsqueeze(-1), share, 1.0) * (new.count > 0), sets)
-        seen.logical_or_(new.count.squeeze(-1) > 0)
+        self.move(self.unbias(new), torch.where(before.unsqueeze(-1), share, 1.0) * (new.count > 0), sets)
+        seen.copy_(before | (new.count.squeeze(-1) > 0))
 
     def set_stored(self, exact: Moments) -> None:
         super().set_stored(exact)

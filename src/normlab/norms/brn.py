@@ -63,7 +63,7 @@ class BatchRenorm(BatchStatisticsNorm):
 
     def update(self, statistics: Moments, step: int | Tensor) -> None:
         super().update(statistics, step)
-        self.updates.add_(1)
+        self.updates.copy_(as_it_stands(self.updates) + 1)
 
     def extra_repr(self) -> str:
         clips = f"r_max={self.r_max:g}, d_max={self.d_max:g}, warmup={self.warmup}, ramp={self.ramp}"

@@ -102,7 +102,7 @@ class PowerNorm(BatchStatisticsNorm):
 
     def update(self, statistics: Moments, step: Step) -> None:
         super().update(statistics, step)
-        self.updates.add_(1)
+        self.updates.copy_(as_it_stands(self.updates) + 1)
         product, square, count = self.gathered
         rate = self.momentum / count.clamp(min=1)
         moved = self.nu * (1 - rate * square) + rate * product

@@ -38,3 +38,7 @@ class PowerNormV(BatchStatisticsNorm):
 
     def transform(self, x: Tensor, mask_BT: Tensor | None, batch: Moments) -> Tensor:
         return self.standardize(x, None, batch.var)
+
+    def extra_repr(self) -> str:
+        scaling = "" if self.group_scaling is None else f", group_scaling={self.group_scaling}"
+        return f"{super().extra_repr()}{scaling}"

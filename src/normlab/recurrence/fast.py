@@ -27,7 +27,7 @@ site, K groups, N = T x B.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,11 +75,13 @@ def not_now_for(
     norms: SiteNorms,
     step: Step,
     device: torch.device | None = None,
+    gpu_failure: Callable[[torch.device], str] = cuda.failure,
 ) -> str:
     """Why this call can not run here, if the layer can in principle; empty if it can.
 
     Args:
         device: the device asked about; None is that of `x_TBI`.
+        gpu_failure: why nothing runs on a GPU; empty if layers of this kind do.
     """
     if torch.compiler.is_compiling():
         return "torch.compile traces the loop"
@@ -113,7 +115,7 @@ def not_now_for(
         return "a norm is being watched"
     if not x_TBI.numel():
         return "the input is empty"
-    return cuda.failure(device) if on_gpu else ""
+    return gpu_failure(device) if on_gpu else ""
 
 
 def on_kernels(norms: Sequence[Norm]) -> bool:
@@ -123,7 +125,7 @@ def on_kernels(norms: Sequence[Norm]) -> bool:
 
 def recomputes(device: torch.device) -> bool:
     """Whether the layer can take for backward what forward did not keep."""
-    return not cuda.takes(device)
+    return True
 
 
 def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device | None = None) -> str:
@@ -748,8 +750,7 @@ def lstm_layer(
         RuntimeError: differentiated twice.
     """
     # In this order: torch.compile need not look into the other.
-    kept_back = recompute and not recomputes(x_TBI.device)
-    if kept_back or not_now_for(x_TBI, h_BP, c_BH, weights, norms, step) or never_for(norms, weights):
+    if not_now_for(x_TBI, h_BP, c_BH, weights, norms, step) or never_for(norms, weights):
         return reference.lstm_layer(x_TBI, mask_BT, h_BP, c_BH, weights, norms, step, carry, recompute=recompute)
     length, rows = x_TBI.shape[:2]
     mask_TB = count_T = None
@@ -776,7 +777,8 @@ def lstm_layer(
     tensors = (x, weight_GI, weights.hidden, bias_G, h_BP, c_BH, *affine)
     gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if cuda.takes(x.device):
-        results = cuda.Recurrence.apply((sites, mask_TB, count_T, gradient), *tensors)
+        parts = _segments(length, gradient and not recompute)
+        results = cuda.Recurrence.apply((sites, mask_TB, count_T, gradient, recompute, parts), *tensors)
     else:
         results = _Recurrence.apply((sites, mask_TB, count_T, gradient, recompute), *tensors)
     assert isinstance(results, tuple)

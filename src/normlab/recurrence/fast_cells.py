@@ -1,5 +1,7 @@
 """GRU and RNN on a CPU as one autograd function over the sequence; equal to reference.py within rounding.
 
+On a GPU `gru_layer` and `rnn_layer` do the same by cuda_cells.py.
+
 As fast.py does it for the LSTM, whose sites, buffers and kernels these share. The input site stands before the loop:
 its norm runs by itself over all time steps, whatever it is, on torch's own product. The loop is left with a matrix
 product and one call per step, forward and backward, both in the C of kernels.c. Without a compiler the plain loop does
@@ -21,7 +23,7 @@ from torch import Tensor
 from normlab.machine.products import Product, weight_gradient
 from normlab.norms.base import Step
 from normlab.norms.moments import Moments
-from normlab.recurrence import fast, kernels, reference
+from normlab.recurrence import cuda, cuda_cells, fast, kernels, reference
 from normlab.recurrence.fast import BATCH, NONE, ROWS, never_for
 from normlab.recurrence.once import differentiated_once
 from normlab.recurrence.reference import Activation, SiteCarry, SiteNorms, Weights, project
@@ -40,9 +42,8 @@ def not_now_for(
         device: the device asked about; None is that of `x_TBI`.
     """
     device = device or x_TBI.device
-    if device.type != "cpu" and not torch.compiler.is_compiling():
-        return f"the input is not on a CPU but on {device.type}"
-    return fast.not_now_for(x_TBI, h_BH, h_BH, weights, norms, step, device) or kernels.absence(h_BH.dtype)
+    reason = fast.not_now_for(x_TBI, h_BH, h_BH, weights, norms, step, device, cuda_cells.failure)
+    return reason or ("" if cuda.takes(device) else kernels.absence(h_BH.dtype))
 
 
 def on_kernels(norms: SiteNorms) -> bool:
@@ -62,6 +63,8 @@ def engine(norms: SiteNorms, dtype: torch.dtype, device: torch.device | None = N
 
 
 def _built(like: Tensor) -> bool:
+    if cuda.takes(like.device):
+        return True
     # A call without gradient may be the only one: it is not worth compiling for.
     which = kernels.load if torch.is_grad_enabled() else kernels.find
     return which(like.dtype) is not None
@@ -266,7 +269,8 @@ def _layer(
     hidden_bias = None if weights.hidden_bias is None else weights.hidden_bias.contiguous()
     tensors = (projected.transpose(0, 1), weights.hidden, hidden_bias, h_BH, site.weight, site.bias)
     kept = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    h_TBH = _Recurrence.apply((cell, site, mask_TB, count_T, kept), *tensors)
+    run = cuda_cells.Recurrence.apply if cuda.takes(h_BH.device) else _Recurrence.apply
+    h_TBH = run((cell, site, mask_TB, count_T, kept), *tensors)
     assert isinstance(h_TBH, Tensor)
     if site.mean is not None and site.spread is not None:
         counts = h_TBH.new_full((length,), rows) if count_T is None else count_T.to(h_TBH.dtype)

@@ -1,8 +1,8 @@
-"""The launches of a whole sequence on a GPU, recorded as CUDA graphs and replayed.
+"""The launches of a sequence, or of a segment of it, on a GPU, recorded as CUDA graphs and replayed.
 
 Launching the kernels of a time step takes the CPU longer than running them takes the GPU. So from the third call of one
-shape on they are replayed. `NORMLAB_CUDA_GRAPHS=0` turns that off. A graph owns its memory: up to `MOST_GRAPHS`
-sequences of it stay allocated between calls.
+shape on they are replayed. `NORMLAB_CUDA_GRAPHS=0` turns that off. A graph owns its memory: up to `MOST_GRAPHS` of them
+stay allocated between calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Lease", "Tape", "TapeShape"]
+__all__ = ["Lease", "Tape", "TapeShape", "needed_again"]
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +34,27 @@ class TapeShape(Protocol):
     """What a sequence's memory and launches depend on; hashable. Two calls of equal shape can replay one graph.
 
     Attributes:
+        length, rows, hidden: T, B, H.
+        dtype: of the state.
         kept: whether there will be a backward.
     """
 
     @property
     def device(self) -> torch.device: ...
     @property
+    def length(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
     def kept(self) -> bool: ...
 
 
 class Tape:
-    """The memory of a layer over the sequence, from forward to backward, and the launches that touch it alone.
+    """The memory of a layer over some time steps, from forward to backward, and the launches that touch it alone.
 
     Attributes:
         forward_graph, backward_graph: None for a tape that is launched anew each time.
@@ -113,6 +123,11 @@ class Lease(Generic[AnyTape]):
     def __del__(self) -> None:
         if self._home is not None:
             self._home.idle.append(self.tape)
+
+
+def needed_again() -> bool:
+    """Within a backward: whether there can be another one of the same call."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _with_graphs(device: torch.device) -> bool:

@@ -11,8 +11,8 @@ and zeros where it has none.
 Shape suffixes: R rows and U hidden units of a tile; the values of a gate are R x U.
 """
 
-# Its type checker sees `triton.jit` without running it, and takes tuples it returns for nothing.
-# pyright: reportGeneralTypeIssues=false
+# Its type checker sees `triton.jit` without running it, takes tuples for nothing, and numbers for no constexpr.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -46,12 +46,11 @@ def _tanh(x):
 
 
 @triton.jit
-def _load_gates(ptr, offset, inside, hidden: tl.constexpr):
-    i = tl.load(ptr + offset, mask=inside, other=0)
-    f = tl.load(ptr + offset + hidden, mask=inside, other=0)
-    g = tl.load(ptr + offset + 2 * hidden, mask=inside, other=0)
-    o = tl.load(ptr + offset + 3 * hidden, mask=inside, other=0)
-    return i, f, g, o
+def _load_gates(ptr, offset, inside, hidden: tl.constexpr, GATES: tl.constexpr = 4):
+    x = ()
+    for gate in tl.static_range(GATES):
+        x += (tl.load(ptr + offset + gate * hidden, mask=inside, other=0),)
+    return x
 
 
 @triton.jit
@@ -78,7 +77,7 @@ def _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden: tl.constexpr, MASKED: t
     return exists, real
 
 
-# Statistics of a row, pooled over its features (4H for the gates, H for the cell) or over equal groups of them.
+# Statistics of a row, pooled over its features (GATES x H, in a tuple of GATES) or over equal groups of them.
 
 
 @triton.jit
@@ -89,89 +88,75 @@ def _in_group(inside, feature, group, width, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _row_cell(x, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr):
-    """`x` normalized; stores scale = 1 / sqrt(var + eps)."""
-    GROUPS: tl.constexpr = site[1]
-    width = hidden // GROUPS
-    y = tl.zeros_like(x)
-    for group in range(GROUPS):
-        inside = _in_group(real, unit_1U, group, width, GROUPS)
-        deviation = x
-        if site[2]:
-            deviation = x - tl.sum(tl.where(inside, x, 0), 1, keep_dims=True) / width
-        scale = tl.rsqrt(tl.sum(tl.where(inside, deviation * deviation, 0), 1, keep_dims=True) / width + site[3])
-        tl.store(spread_ptr + row_R1 * GROUPS + group, scale, mask=row_R1 < rows)
-        y = tl.where(inside, deviation * scale, y)
+def _zeros(x, GATES: tl.constexpr):
+    y = ()
+    for gate in tl.static_range(GATES):
+        y += (tl.zeros_like(x[gate]),)
     return y
 
 
 @triton.jit
-def _row_gates(i, f, g, o, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr):
-    """As `_row_cell`, over the features of all gates together."""
-    GROUPS: tl.constexpr = site[1]
-    width = 4 * hidden // GROUPS
-    y_i, y_f, y_g, y_o = tl.zeros_like(i), tl.zeros_like(i), tl.zeros_like(i), tl.zeros_like(i)
-    for group in range(GROUPS):
-        in_i = _in_group(real, unit_1U, group, width, GROUPS)
-        in_f = _in_group(real, unit_1U + hidden, group, width, GROUPS)
-        in_g = _in_group(real, unit_1U + 2 * hidden, group, width, GROUPS)
-        in_o = _in_group(real, unit_1U + 3 * hidden, group, width, GROUPS)
-        d_i, d_f, d_g, d_o = i, f, g, o
-        if site[2]:
-            both = tl.where(in_i, i, 0) + tl.where(in_f, f, 0) + tl.where(in_g, g, 0) + tl.where(in_o, o, 0)
-            mean = tl.sum(both, 1, keep_dims=True) / width
-            d_i, d_f, d_g, d_o = i - mean, f - mean, g - mean, o - mean
-        both = tl.where(in_i, d_i * d_i, 0) + tl.where(in_f, d_f * d_f, 0)
-        both += tl.where(in_g, d_g * d_g, 0) + tl.where(in_o, d_o * d_o, 0)
-        scale = tl.rsqrt(tl.sum(both, 1, keep_dims=True) / width + site[3])
-        tl.store(spread_ptr + row_R1 * GROUPS + group, scale, mask=row_R1 < rows)
-        y_i, y_f = tl.where(in_i, d_i * scale, y_i), tl.where(in_f, d_f * scale, y_f)
-        y_g, y_o = tl.where(in_g, d_g * scale, y_g), tl.where(in_o, d_o * scale, y_o)
-    return y_i, y_f, y_g, y_o
+def _times(x, y, GATES: tl.constexpr):
+    product = ()
+    for gate in tl.static_range(GATES):
+        product += (x[gate] * y[gate],)
+    return product
 
 
 @triton.jit
-def _row_cell_backward(d, y, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr):
+def _row_mean(x, real, unit_1U, hidden: tl.constexpr, group, GROUPS: tl.constexpr, GATES: tl.constexpr):
+    """Of a row's features in `group`, over all gates together."""
+    width = GATES * hidden // GROUPS
+    total = tl.zeros_like(x[0])
+    for gate in tl.static_range(GATES):
+        total += tl.where(_in_group(real, unit_1U + gate * hidden, group, width, GROUPS), x[gate], 0)
+    return tl.sum(total, 1, keep_dims=True) / width
+
+
+@triton.jit
+def _rows(x, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr, GATES: tl.constexpr):
+    """`x` normalized, 0 where nothing is real; stores scale = 1 / sqrt(var + eps)."""
+    GROUPS: tl.constexpr = site[1]
+    width = GATES * hidden // GROUPS
+    y = _zeros(x, GATES)
+    for group in range(GROUPS):
+        deviation = x
+        if site[2]:
+            mean = _row_mean(x, real, unit_1U, hidden, group, GROUPS, GATES)
+            deviation = ()
+            for gate in tl.static_range(GATES):
+                deviation += (x[gate] - mean,)
+        var = _row_mean(_times(deviation, deviation, GATES), real, unit_1U, hidden, group, GROUPS, GATES)
+        scale = tl.rsqrt(var + site[3])
+        tl.store(spread_ptr + row_R1 * GROUPS + group, scale, mask=row_R1 < rows)
+        done = ()
+        for gate in tl.static_range(GATES):
+            inside = _in_group(real, unit_1U + gate * hidden, group, width, GROUPS)
+            done += (tl.where(inside, deviation[gate] * scale, y[gate]),)
+        y = done
+    return y
+
+
+@triton.jit
+def _rows_backward(
+    d, y, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr, GATES: tl.constexpr
+):
     """The gradient of `x` from that of the normalized `y`, both 0 where nothing is real."""
     GROUPS: tl.constexpr = site[1]
-    width = hidden // GROUPS
-    d_x = tl.zeros_like(d)
+    width = GATES * hidden // GROUPS
+    d_x = _zeros(d, GATES)
     for group in range(GROUPS):
-        inside = _in_group(real, unit_1U, group, width, GROUPS)
         scale = tl.load(spread_ptr + row_R1 * GROUPS + group, mask=row_R1 < rows, other=0)
-        rest = d - y * (tl.sum(tl.where(inside, d * y, 0), 1, keep_dims=True) / width)
-        if site[2]:
-            rest -= tl.sum(tl.where(inside, d, 0), 1, keep_dims=True) / width
-        d_x = tl.where(inside, rest * scale, d_x)
-    return d_x
-
-
-@triton.jit
-def _row_gates_backward(
-    d_i, d_f, d_g, d_o, i, f, g, o, real, row_R1, unit_1U, rows, hidden: tl.constexpr, spread_ptr, site: tl.constexpr
-):
-    """As `_row_cell_backward`, over the features of all gates together."""
-    GROUPS: tl.constexpr = site[1]
-    width = 4 * hidden // GROUPS
-    x_i, x_f, x_g, x_o = tl.zeros_like(d_i), tl.zeros_like(d_i), tl.zeros_like(d_i), tl.zeros_like(d_i)
-    for group in range(GROUPS):
-        in_i = _in_group(real, unit_1U, group, width, GROUPS)
-        in_f = _in_group(real, unit_1U + hidden, group, width, GROUPS)
-        in_g = _in_group(real, unit_1U + 2 * hidden, group, width, GROUPS)
-        in_o = _in_group(real, unit_1U + 3 * hidden, group, width, GROUPS)
-        scale = tl.load(spread_ptr + row_R1 * GROUPS + group, mask=row_R1 < rows, other=0)
-        both = tl.where(in_i, d_i * i, 0) + tl.where(in_f, d_f * f, 0)
-        both += tl.where(in_g, d_g * g, 0) + tl.where(in_o, d_o * o, 0)
-        along = tl.sum(both, 1, keep_dims=True) / width
+        along = _row_mean(_times(d, y, GATES), real, unit_1U, hidden, group, GROUPS, GATES)
         mean = tl.zeros_like(along)
         if site[2]:
-            both = tl.where(in_i, d_i, 0) + tl.where(in_f, d_f, 0) + tl.where(in_g, d_g, 0) + tl.where(in_o, d_o, 0)
-            mean = tl.sum(both, 1, keep_dims=True) / width
-        x_i = tl.where(in_i, (d_i - mean - i * along) * scale, x_i)
-        x_f = tl.where(in_f, (d_f - mean - f * along) * scale, x_f)
-        x_g = tl.where(in_g, (d_g - mean - g * along) * scale, x_g)
-        x_o = tl.where(in_o, (d_o - mean - o * along) * scale, x_o)
-    return x_i, x_f, x_g, x_o
+            mean = _row_mean(d, real, unit_1U, hidden, group, GROUPS, GATES)
+        done = ()
+        for gate in tl.static_range(GATES):
+            inside = _in_group(real, unit_1U + gate * hidden, group, width, GROUPS)
+            done += (tl.where(inside, (d[gate] - mean - y[gate] * along) * scale, d_x[gate]),)
+        d_x = done
+    return d_x
 
 
 # Statistics of a feature: over the rows of this time step, or stored.
@@ -227,17 +212,46 @@ def _column_backward(
 
 
 @triton.jit
-def _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics, site: tl.constexpr):
+def _site(
+    x, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics, site: tl.constexpr,
+    GATES: tl.constexpr,
+):  # fmt: skip
+    """`x` normalized, whatever the kind of `site`: the first four of `_Fixed` of cuda.py."""
+    y = x
     if site[0] == ROWS:
         spread_ptr = statistics[1] + time * rows * site[1]
-        i, f, g, o = _row_gates(i, f, g, o, real, row_R1, unit_1U, rows, hidden, spread_ptr, site)
+        y = _rows(x, real, row_R1, unit_1U, rows, hidden, spread_ptr, site, GATES)
     elif site[0] != NONE:
-        F = 4 * hidden
-        i = _column(i, real, unit_1U, unit_1U, time, hidden, F, count, statistics, site)
-        f = _column(f, real, unit_1U + hidden, unit_1U, time, hidden, F, count, statistics, site)
-        g = _column(g, real, unit_1U + 2 * hidden, unit_1U, time, hidden, F, count, statistics, site)
-        o = _column(o, real, unit_1U + 3 * hidden, unit_1U, time, hidden, F, count, statistics, site)
-    return i, f, g, o
+        y = ()
+        for gate in tl.static_range(GATES):
+            at = unit_1U + gate * hidden
+            y += (_column(x[gate], real, at, unit_1U, time, hidden, GATES * hidden, count, statistics, site),)
+    return y
+
+
+@triton.jit
+def _site_backward(
+    d, y, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics, site: tl.constexpr,
+    GATES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of `x` from that of `y`; not for a bare site."""
+    if site[0] == ROWS:
+        spread_ptr = statistics[1] + time * rows * site[1]
+        d_x = _rows_backward(d, y, real, row_R1, unit_1U, rows, hidden, spread_ptr, site, GATES)
+    else:
+        d_x = ()
+        for gate in tl.static_range(GATES):
+            at = unit_1U + gate * hidden
+            d_gate = _column_backward(
+                d[gate], y[gate], real, at, unit_1U, time, hidden, GATES * hidden, count, statistics, site
+            )
+            d_x += (d_gate,)
+    return d_x
+
+
+@triton.jit
+def _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics, site: tl.constexpr):
+    return _site((i, f, g, o), real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, 4)
 
 
 @triton.jit
@@ -245,23 +259,13 @@ def _gates_backward(
     d_i, d_f, d_g, d_o, normalized_ptr, weight_ptr, here, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr,
     count, statistics, site: tl.constexpr,
 ):  # fmt: skip
+    d = (d_i, d_f, d_g, d_o)
     if site[0] != NONE:
-        i, f, g, o = _load_gates(normalized_ptr, here, real, hidden)
-        w_i, w_f, w_g, w_o = _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden)
-        d_i, d_f, d_g, d_o = d_i * w_i, d_f * w_f, d_g * w_g, d_o * w_o
-        if site[0] == ROWS:
-            spread_ptr = statistics[1] + time * rows * site[1]
-            d_i, d_f, d_g, d_o = _row_gates_backward(
-                d_i, d_f, d_g, d_o, i, f, g, o, real, row_R1, unit_1U, rows, hidden, spread_ptr, site
-            )
-        else:
-            F = 4 * hidden
-            g_1U, o_1U = unit_1U + 2 * hidden, unit_1U + 3 * hidden
-            d_i = _column_backward(d_i, i, real, unit_1U, unit_1U, time, hidden, F, count, statistics, site)
-            d_f = _column_backward(d_f, f, real, unit_1U + hidden, unit_1U, time, hidden, F, count, statistics, site)
-            d_g = _column_backward(d_g, g, real, g_1U, unit_1U, time, hidden, F, count, statistics, site)
-            d_o = _column_backward(d_o, o, real, o_1U, unit_1U, time, hidden, F, count, statistics, site)
-    return d_i, d_f, d_g, d_o
+        y = _load_gates(normalized_ptr, here, real, hidden)
+        weight = _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden)
+        d = _times(d, weight, 4)
+        d = _site_backward(d, y, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, 4)
+    return d
 
 
 @triton.jit
@@ -304,7 +308,7 @@ def normalize_input_backward(
 @triton.jit(do_not_specialize=["time"])
 def forward_step(
     time, rows, hidden: tl.constexpr, mask_ptr, count_ptr,
-    input_ptr, input_weight_ptr, bias_ptr, product_ptr, hidden_weight_ptr, cell_weight_ptr, cell_bias_ptr,
+    input_ptr, input_weight_ptr, bias_ptr, products_ptr, hidden_weight_ptr, cell_weight_ptr, cell_bias_ptr,
     hidden_statistics, cell_statistics,
     cells_ptr, states_ptr, low_states_ptr, gates_ptr, squashed_ptr, hidden_normalized_ptr, cell_normalized_ptr,
     cells_held, hidden_site: tl.constexpr, cell_site: tl.constexpr, MASKED: tl.constexpr, KEPT: tl.constexpr,
@@ -312,7 +316,8 @@ def forward_step(
 ):  # fmt: skip
     """h and c of one time step, and what backward needs, from the recurrent product B x 4H; grid tiles down x across.
 
-    `cells` and `states` begin with those before the first time step.
+    `cells` and `states` begin with those before the first time step. Without `states` h is known and left out, and
+    `products` are those of all time steps.
     """
     time = time.to(tl.int64)
     row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
@@ -325,7 +330,9 @@ def forward_step(
     size = tl.cast(rows * hidden, tl.int64)
     c = tl.load(cells_ptr + (time % cells_held) * size + state, mask=exists, other=0)
 
-    i, f, g, o = _load_gates(product_ptr, gates, real, hidden)
+    if states_ptr is None:
+        products_ptr += time * 4 * size
+    i, f, g, o = _load_gates(products_ptr, gates, real, hidden)
     i, f, g, o = _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden, count, hidden_statistics, hidden_site)
     if KEPT and hidden_site[0] != NONE:
         _store_gates(hidden_normalized_ptr + time * 4 * size, gates, exists, hidden, i, f, g, o)
@@ -339,28 +346,25 @@ def forward_step(
     o = _sigmoid(o * w_o + x_o * v_o + b_o)
     new_c = f * c + i * g
 
-    y = new_c
-    if cell_site[0] == ROWS:
-        spread_ptr = cell_statistics[1] + time * rows * cell_site[1]
-        y = _row_cell(y, real, row_R1, unit_1U, rows, hidden, spread_ptr, cell_site)
-    elif cell_site[0] != NONE:
-        y = _column(y, real, unit_1U, unit_1U, time, hidden, hidden, count, cell_statistics, cell_site)
+    (y,) = _site((new_c,), real, row_R1, unit_1U, time, rows, hidden, count, cell_statistics, cell_site, 1)
     if KEPT and cell_site[0] != NONE:
         tl.store(cell_normalized_ptr + time * size + state, y, mask=exists)
     w = tl.load(cell_weight_ptr + unit_1U, mask=column, other=0)
     b = tl.load(cell_bias_ptr + unit_1U, mask=column, other=0)
     squashed = _tanh(y * w + b)
-    h = o * squashed
     if KEPT:
         _store_gates(gates_ptr + time * 4 * size, gates, exists, hidden, i, f, g, o)
         tl.store(squashed_ptr + time * size + state, squashed, mask=exists)
     if MASKED:
-        h = tl.where(real, h, tl.load(states_ptr + time * size + state, mask=exists, other=0))
         new_c = tl.where(real, new_c, c)
     tl.store(cells_ptr + ((time + 1) % cells_held) * size + state, new_c, mask=exists)
-    tl.store(states_ptr + (time + 1) * size + state, h, mask=exists)
-    if low_states_ptr is not None:
-        tl.store(low_states_ptr + (time + 1) * size + state, h, mask=exists)
+    if states_ptr is not None:
+        h = o * squashed
+        if MASKED:
+            h = tl.where(real, h, tl.load(states_ptr + time * size + state, mask=exists, other=0))
+        tl.store(states_ptr + (time + 1) * size + state, h, mask=exists)
+        if low_states_ptr is not None:
+            tl.store(low_states_ptr + (time + 1) * size + state, h, mask=exists)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -406,13 +410,9 @@ def backward_step(
         tl.store(d_cell_ptr + here, d_y, mask=exists)
         d_c = d_y * tl.load(cell_weight_ptr + unit_1U, mask=column, other=0)
         y = tl.load(cell_normalized_ptr + here, mask=real, other=0)
-        if cell_site[0] == ROWS:
-            spread_ptr = cell_statistics[1] + time * rows * cell_site[1]
-            d_c = _row_cell_backward(d_c, y, real, row_R1, unit_1U, rows, hidden, spread_ptr, cell_site)
-        else:
-            d_c = _column_backward(
-                d_c, y, real, unit_1U, unit_1U, time, hidden, hidden, count, cell_statistics, cell_site
-            )
+        (d_c,) = _site_backward(
+            (d_c,), (y,), real, row_R1, unit_1U, time, rows, hidden, count, cell_statistics, cell_site, 1
+        )
     d_c = tl.where(real, d_c + d_c_later, 0)
     d_i = d_c * g * i * (1 - i)
     d_f = d_c * c * f * (1 - f)

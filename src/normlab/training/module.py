@@ -188,7 +188,7 @@ class TextModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["normlab_random_state"] = torch.get_rng_state()
-        if torch.cuda.is_available():
+        if self.device.type == "cuda":  # asking CUDA on behalf of a run on a CPU would take memory on the GPU
             checkpoint["normlab_cuda_random_state"] = torch.cuda.get_rng_state(self.device)
         if self.carried is not None:
             checkpoint["normlab_carried_state"] = self.carried.to_dict()
