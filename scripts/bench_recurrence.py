@@ -1,21 +1,22 @@
 """What a training step of `normlab.LSTM` costs, beside torch.nn.LSTM and LSTMs as they are usually written: make bench
 
-    python scripts/bench_recurrence.py                   all three parts below
+    python scripts/bench_recurrence.py                   all four parts below
     python scripts/bench_recurrence.py --table           ratios to torch.nn.LSTM, by shape, norm and backend
     python scripts/bench_recurrence.py --sweep           seconds against length and against hidden size
     python scripts/bench_recurrence.py --profile         where the time of a normalized step goes, on a CPU
+    python scripts/bench_recurrence.py --cells           normlab.GRU and RNN beside torch's and the plain loop
     python scripts/bench_recurrence.py --backends all    also a cell compiled by torch.compile (seconds to minutes)
     python scripts/bench_recurrence.py --norms all       every norm with a fast form
     python scripts/bench_recurrence.py --write           measure nothing; pages and figure anew from the result
 
-A part that was measured replaces that part of results/bench_recurrence.json, from which the table of README.md, the
-one of docs/speed.md and docs/bench_recurrence.png are made. With another --result the figure comes beside that file
+A part that was measured replaces that part of results/bench_recurrence.json, from which the table of README.md, those
+of docs/speed.md and docs/bench_recurrence.png are made. With another --result the figure comes beside that file
 and the pages stay. Ctrl-C writes nothing.
 
 A step is forward and backward of one layer, the input as wide as the hidden state. Every measurement is paired with one
-of torch.nn.LSTM right before it, and all variants take turns: what else the machine does then falls on both. A ratio is
-the median over pairs, with the quartiles beside it. `cpu` is the same ratio in processor time, which other programs
-disturb less; with several threads it counts their waiting too.
+of torch's own layer right before it, and all variants take turns: what else the machine does then falls on both. A
+ratio is the median over pairs, with the quartiles beside it. `cpu` is the same ratio in processor time, which other
+programs disturb less; with several threads it counts their waiting too.
 
 Shape suffixes: B batch, T time, I input features.
 """
@@ -23,6 +24,7 @@ Shape suffixes: B batch, T time, I input features.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BytesIO
@@ -67,7 +69,7 @@ from normlab.recurrence import kernels
 RESULT = ROOT / "results" / "bench_recurrence.json"
 FIGURE = ROOT / "docs" / "bench_recurrence.png"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "speed.md"
-PARTS_OF_RESULT = ("table", "sweep", "profile")
+PARTS_OF_RESULT = ("table", "sweep", "profile", "cells")
 
 SHAPES = ((32, 100, 256), (64, 100, 512), (32, 35, 650), (20, 100, 1000))
 SWEEP_BATCH, SWEEP_HIDDEN, SWEEP_LENGTH = 32, 256, 50
@@ -75,10 +77,16 @@ LENGTHS = (10, 25, 50, 100, 200, 400, 800)
 HIDDENS = (64, 128, 256, 512, 1024)
 SWEEP_SECONDS = 2.0  # of pairs per size: the small ones get more than the fewest
 SWEPT = (("ln", "fast"), ("bn_step", "fast"), ("ln", "eager"))
+CELLS: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
+    "lstm": (nn.LSTM, normlab.LSTM),
+    "gru": (nn.GRU, normlab.GRU),
+    "tanh rnn": (nn.RNN, normlab.RNN),
+}
+CELL_SHAPES = ((32, 100, 256), (64, 100, 512), (32, 784, 100))  # the last: an image of MNIST, pixel by pixel
 NORMS = ("none", "ln", "bn_step")
 ALL_NORMS = ("none", "ln", "rms", "gn", "bn", "bn_step")
 BACKENDS = {
-    "fast": "normlab.LSTM",
+    "fast": "normlab",
     "fast-without-compiler": "without a C compiler",
     "eager": "eager loop",
     "jit": "torch.jit loop",
@@ -103,7 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(options.threads)
     if "cuda" in options.devices:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
-    result: dict[str, Any] = {"unit": "training step (forward and backward); ratios are multiples of torch.nn.LSTM's"}
+    result: dict[str, Any] = {"unit": "training step (forward and backward); ratios: of torch's own layer's"}
     result |= {part: found for part, found in read_json(options.result).items() if part in PARTS_OF_RESULT}
     parts = [] if options.write else options.parts
     missing = [part for part in PARTS_OF_RESULT if part not in result and part not in parts]
@@ -123,7 +131,7 @@ def main(arguments: Sequence[str]) -> None:
 
             conditions = Conditions("bench_recurrence.py", arguments, options.devices)
             rows = []
-            for row in {"table": table, "sweep": sweep, "profile": profiles}[part](options, say):
+            for row in {"table": table, "sweep": sweep, "profile": profiles, "cells": cells}[part](options, say):
                 rows.append(row)
                 console.print(line(row), highlight=False, soft_wrap=True)
             precision = "fp32" if part == "profile" else options.precision
@@ -200,6 +208,15 @@ def sweep(options: argparse.Namespace, say: Say) -> Iterator[Row]:
             yield from measured(each, SWEPT, device, options.precision, seconds, say)
 
 
+def cells(options: argparse.Namespace, say: Say) -> Iterator[Row]:
+    """The other recurrences, beside torch's own and the plain loop."""
+    for device in options.devices:
+        pairs = [(norm, backend) for norm in options.norms for backend in ("fast", "eager") if norm != "none"]
+        for each in CELL_SHAPES:
+            for cell in ("gru", "tanh rnn"):
+                yield from measured(each, pairs, device, options.precision, options.seconds, say, cell)
+
+
 def profiles(options: argparse.Namespace, say: Say) -> Iterator[Row]:
     """Where the time goes, of every norm but none; on a CPU, whose calls return when they are done."""
     for batch, length, hidden in options.shapes:
@@ -209,7 +226,7 @@ def profiles(options: argparse.Namespace, say: Say) -> Iterator[Row]:
             say(f"{batch} x {length} x {hidden}, {norm}")
             x_TBI = torch.randn(length, batch, hidden, requires_grad=True)
             lstm = normlab.LSTM(hidden, hidden, norm=norm, backend="fast")
-            row = {"device": "cpu", "batch": batch, "length": length, "hidden": hidden, "norm": norm}
+            row = {"device": "cpu", "cell": "lstm", "batch": batch, "length": length, "hidden": hidden, "norm": norm}
             row["engine"] = ": ".join(lstm.backend_choice("cpu"))
             yield row | profile(step_of(lstm, x_TBI, "fp32"), PROFILE_ROUNDS)
 
@@ -227,28 +244,34 @@ def exists(norm: str, backend: str, device: str) -> bool:
 
 
 def measured(
-    shape: Size, pairs: Sequence[tuple[str, str]], device: str, precision: str, seconds: float, say: Say
+    shape: Size,
+    pairs: Sequence[tuple[str, str]],
+    device: str,
+    precision: str,
+    seconds: float,
+    say: Say,
+    cell: str = "lstm",
 ) -> Iterator[Row]:
     """The rows of one shape, one per norm and backend."""
     batch, length, hidden = shape
-    say(f"{device} {batch} x {length} x {hidden}, warming up")
+    where = f"{device} {cell} {batch} x {length} x {hidden}"
+    say(f"{where}, warming up")
     torch.manual_seed(0)
     x_TBI = torch.randn(length, batch, hidden, device=device, requires_grad=True)
-    base = step_of(nn.LSTM(hidden, hidden, device=device), x_TBI, precision)
-    variants = {pair: variant(*pair, x_TBI, precision) for pair in pairs}
+    base = step_of(CELLS[cell][0](hidden, hidden, device=device), x_TBI, precision)
+    variants = {pair: variant(*pair, x_TBI, precision, cell) for pair in pairs}
     steps = {pair: step for pair, (step, _) in variants.items()}
-    where = f"{device} {batch} x {length} x {hidden}"
     found = paired(base, steps, device, seconds, lambda rounds: say(f"{where}, {rounds} pairs"))
     for (norm, backend), timings in found.items():
-        row = {"device": device, "batch": batch, "length": length, "hidden": hidden, "norm": norm, "backend": backend}
-        yield row | {"engine": variants[norm, backend][1]} | summary(timings)
+        row = {"device": device, "cell": cell, "batch": batch, "length": length, "hidden": hidden, "norm": norm}
+        yield row | {"backend": backend, "engine": variants[norm, backend][1]} | summary(timings)
 
 
-def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str) -> tuple[Step, str]:
-    """A training step of an LSTM with this norm at every site, and what does the work."""
+def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str, cell: str) -> tuple[Step, str]:
+    """A training step of a recurrence with this norm at every site, and what does the work."""
     (length, _, hidden), device = x_TBI.shape, x_TBI.device
     kind = "reference" if backend == "eager" else "fast"
-    lstm = normlab.LSTM(hidden, hidden, norm=norm, backend=kind, device=device)
+    lstm = CELLS[cell][1](hidden, hidden, norm=norm, backend=kind, device=device)
     if backend == "jit":
         return step_of(peer(lstm, norm, length, "jit"), x_TBI, precision), "torch.jit.script"
     if backend == "compiled":
@@ -292,7 +315,7 @@ def shape_of(row: Row) -> str:
 
 def line(row: Row) -> str:
     """A row while the others are still to come."""
-    start = f"{row['device']:4} {shape_of(row):16} {row['norm']:8}"
+    start = f"{row['device']:4} {row['cell']:8} {shape_of(row):16} {row['norm']:8}"
     if "parts" in row:
         return f"{start} {'; '.join(f'{name} {text}' for name, text in zip(PARTS, shares(row), strict=True))}"
     low, high = row["quartiles"]
@@ -312,17 +335,18 @@ def shares(row: Row) -> list[str]:
 
 
 def ratios(part: Mapping[str, Any], quartiles: bool) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table of ratios: one row per device, shape and norm, one column per backend."""
+    """Header and rows of the table of ratios: one row per device, cell, shape and norm, one column per backend."""
     shown = [backend for backend in BACKENDS if any(row["backend"] == backend for row in part["rows"])]
     together: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in part["rows"]:
-        together.setdefault((row["device"], shape_of(row), row["norm"]), {})[row["backend"]] = row
+        together.setdefault((row["device"], row["cell"], shape_of(row), row["norm"]), {})[row["backend"]] = row
     lines = []
     for key, of_backend in together.items():
         base = milliseconds(median(row["base_seconds"] for row in of_backend.values()))
-        cells = ["–" if row is None else _ratio(row, quartiles) for row in map(of_backend.get, shown)]
-        lines.append([*key, base, *cells])
-    return ["device", "B x T x H", "norm", "torch.nn.LSTM", *(BACKENDS[backend] for backend in shown)], lines
+        ratios = ["–" if row is None else _ratio(row, quartiles) for row in map(of_backend.get, shown)]
+        lines.append([*key, base, *ratios])
+    header = ["device", "cell", "B x T x H", "norm", "torch's own", *(BACKENDS[backend] for backend in shown)]
+    return header, lines
 
 
 def _ratio(row: Row, quartiles: bool) -> str:
@@ -338,7 +362,8 @@ def parts_of_time(part: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def show(console: Console, result: Mapping[str, Any]) -> None:
     """The tables, for a terminal: without quartiles, which are in the lines before."""
-    tables = {"table": lambda part: ratios(part, quartiles=False), "profile": parts_of_time}
+    of_ratios = functools.partial(ratios, quartiles=False)
+    tables = {"table": of_ratios, "profile": parts_of_time, "cells": of_ratios}
     for name, make in tables.items():
         if name in result:
             header, rows = make(result[name])
@@ -349,11 +374,11 @@ def show(console: Console, result: Mapping[str, Any]) -> None:
 
 
 def ratios_block(part: Mapping[str, Any]) -> str:
-    """The block `bench` of the README."""
+    """The block `bench` of the README, and `cells` of docs/speed.md."""
     precision = f", {part['precision']}" + ", TF32 allowed" * part["tf32"]
     return (
         f"{markdown_table(*ratios(part, quartiles=True))}\n\n{sentence(part)} Training steps{precision}: the median "
-        "over pairs with torch.nn.LSTM, quartiles in parentheses."
+        "over pairs with torch's own layer, quartiles in parentheses."
     )
 
 
@@ -369,7 +394,8 @@ def files(result: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
         made[FIGURE if path == RESULT else path.with_suffix(".png")] = figure(result["sweep"])
     if path == RESULT:
         made[README] = filled(README.read_text(encoding="utf-8"), "bench", ratios_block(result["table"])).encode()
-        made[PAGE] = filled(PAGE.read_text(encoding="utf-8"), "profile", profile_block(result["profile"])).encode()
+        page = filled(PAGE.read_text(encoding="utf-8"), "profile", profile_block(result["profile"]))
+        made[PAGE] = filled(page, "cells", ratios_block(result["cells"])).encode()
     return made
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -36,6 +37,7 @@ def test_pages_say_what_the_results_say(scripts: dict[str, ModuleType]):
     block, read = scripts["benchmarking"].block, scripts["benchmarking"].read_json
     page, found = (ROOT / "docs" / "speed.md").read_text(), read(recurrence.RESULT)
     assert block((ROOT / "README.md").read_text(), "bench") == recurrence.ratios_block(found["table"])
+    assert block(page, "cells") == recurrence.ratios_block(found["cells"])
     assert block(page, "profile") == recurrence.profile_block(found["profile"])
     assert block(page, "transformer") == transformer.page_block(read(transformer.RESULT))
     runs = scripts["bench_runs"]
@@ -63,6 +65,7 @@ def test_a_small_run(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyP
     bench = scripts["bench_recurrence"]
     monkeypatch.setattr(bench, "LENGTHS", (2, 3))
     monkeypatch.setattr(bench, "HIDDENS", (4, 8))
+    monkeypatch.setattr(bench, "CELL_SHAPES", ((3, 4, 8),))
     result = tmp_path / "bench.json"
     threads = torch.get_num_threads()
     try:
@@ -74,7 +77,10 @@ def test_a_small_run(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyP
     found = json.loads(result.read_text())
     kinds = {(row["norm"], row["backend"]) for row in found["table"]["rows"]}
     assert {("none", "fast"), ("ln", "fast"), ("ln", "eager"), ("bn_step", "jit")} <= kinds
-    assert all(row["ratio"] > 0 and row["pairs"] == 3 for row in found["table"]["rows"])
+    kinds = {(row["cell"], row["norm"], row["backend"]) for row in found["cells"]["rows"]}
+    assert kinds == set(product(("gru", "tanh rnn"), ("ln", "bn_step"), ("fast", "eager")))
+    rows = found["table"]["rows"] + found["cells"]["rows"]
+    assert all(row["ratio"] > 0 and row["pairs"] == 3 for row in rows)
     for row in found["profile"]["rows"]:
         assert sum(row["parts"].values()) == pytest.approx(row["seconds_with_clocks"], rel=0.01)
         assert all(row["parts"][part] > 0 for part in ("recurrent products", "input products", "weight gradients"))
