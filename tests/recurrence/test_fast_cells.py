@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cells import GATES, MAX_STEPS, NORMS, SMALL, assert_close, build, layer, results
+from derivatives import require_first_alone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -136,13 +137,7 @@ def test_padding_may_hold_anything_and_nan_elsewhere_shows(cell: str) -> None:
 def test_backward_twice_with_the_graph_kept_and_never_a_second_derivative(cell: str) -> None:
     weights, norms, x, _, h = build({**SMALL, "cell": cell, "names": ("ln", "ln")})
     out = layer(fast_cells, cell)(x, None, h, weights, norms)[0].square().sum()
-    first = torch.autograd.grad(out, [x, weights.hidden], retain_graph=True)
-    second = torch.autograd.grad(out, [x, weights.hidden], retain_graph=True)
-    assert all(one.equal(other) for one, other in zip(first, second, strict=True))
-    (grad,) = torch.autograd.grad(out, x, create_graph=True)
-    assert grad.equal(first[0])
-    with pytest.raises(RuntimeError, match='no second derivative; build it with backend="reference"'):
-        grad.sum().backward()
+    require_first_alone(out, x, weights.hidden)
 
 
 def test_without_a_compiler_the_reference_does_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from normlab.recurrence.graphs import Lease, Tape, TapeShape, needed_again, one_at_a_time
-from normlab.recurrence.once import differentiated_once
+from normlab.recurrence.once import added, differentiated_once
 
 if TYPE_CHECKING:
     from normlab.recurrence.fast import _Site
@@ -284,7 +284,7 @@ class _Tape(Tape):
             *(gradients.d_gates, gradients.d_product, gradients.d_cell),
         )
         constants = {"hidden_site": shape.sites[1][:4], "cell_site": shape.sites[2][:4], "MASKED": shape.masked, **tile}
-        d_product = gradients.d_gates if gradients.d_product is None else gradients.d_product
+        d_product = gradients.of_product
         for time in reversed(range(shape.length)):
             step(time, *arguments, **constants)
             _multiply(d_product[time], self.low_weight_GH, gradients.d_next)
@@ -318,6 +318,10 @@ class _Gradients:
         self.d_product = None if bare else torch.empty_like(tape.gates, dtype=shape.product_dtype)
         self.d_cell = None if shape.sites[2].kind == NONE else torch.empty_like(tape.squashed)
 
+    @property
+    def of_product(self) -> Tensor:
+        return self.d_gates if self.d_product is None else self.d_product
+
     def load(self, d_output: Tensor | None, passed: _Passed) -> None:
         taken = len(self.d_output) % 2
         owns = (self.d_output, self.d_next, self.d_h[taken], self.d_c[taken])
@@ -350,6 +354,24 @@ def _multiply(x_NI: Tensor, weight_IO: Tensor, out_NO: Tensor) -> Tensor:
     if not x_NI.is_cuda:  # the interpreter's CPU has no such product
         return torch.mm(x_NI.to(out_NO.dtype), weight_IO.to(out_NO.dtype), out=out_NO)
     return torch.mm(x_NI, weight_IO, out_dtype=out_NO.dtype, out=out_NO)
+
+
+def _weight_gradient(d_SBG: Tensor, x_SBI: Tensor, dtype: torch.dtype) -> Tensor:
+    """G x I, in `dtype`; from the gradient of the product, and what was multiplied."""
+    d_NG, x_NI = d_SBG.flatten(0, 1), x_SBI.flatten(0, 1)
+    return _multiply(d_NG.t(), x_NI, x_NI.new_empty(d_NG.shape[1], x_NI.shape[1], dtype=dtype))
+
+
+def _product_dtype(weight_GH: Tensor) -> torch.dtype:
+    """That of the matrix products of a call."""
+    kind = weight_GH.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight_GH.dtype
+
+
+def _present(device: torch.device) -> dict[str, Any]:
+    """What a graph captured now depends on beside its layer: fields of a shape."""
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return {"device": device, "stream": stream, "precision": str(torch.backends.cuda.matmul.fp32_precision)}
 
 
 def _normalize_input(tape: _Tape, projected: Tensor) -> None:
@@ -420,8 +442,7 @@ def _input_gradients(
             d_x_NI.copy_(_multiply(d_projected_NG, weight_GI.to(dtype), torch.empty_like(d_x_NI, dtype=shape.dtype)))
     if not needs_weight:
         return None
-    d_weight_GI = torch.empty(weight_GI.shape, dtype=shape.dtype, device=shape.device)
-    return _multiply(d_projected_NG.t(), x_SBI.to(dtype).flatten(0, 1), d_weight_GI)
+    return _weight_gradient(d_projected, x_SBI.to(dtype), shape.dtype)
 
 
 def _affine_gradients(tape: _Tape, gradients: _Gradients, needs: Sequence[bool]) -> list[Tensor | None]:
@@ -465,21 +486,19 @@ class _Layer(NamedTuple):
             before_SBH: h before the first time step; of a recomputed tape, before each.
             c_BH: c before the first time step.
         """
-        device, length = self.x_TBI.device, part.stop - part.start
+        length = part.stop - part.start
         rows, hidden = c_BH.shape
         shape = _Shape(
-            device,
-            torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
-            length,
-            rows,
-            hidden,
-            self.weight_GH.dtype,
-            self.product_dtype,
-            kept,
-            recomputed,
-            self.mask_TB is not None,
-            str(torch.backends.cuda.matmul.fp32_precision),
-            tuple(site._replace(stored=min(site.stored, length)) for site in self.sites),
+            **_present(self.x_TBI.device),
+            length=length,
+            rows=rows,
+            hidden=hidden,
+            dtype=self.weight_GH.dtype,
+            product_dtype=self.product_dtype,
+            kept=kept,
+            recomputed=recomputed,
+            masked=self.mask_TB is not None,
+            sites=tuple(site._replace(stored=min(site.stored, length)) for site in self.sites),
         )
         lease = Lease(_Tape, shape)
         lease.tape.load(self, part, before_SBH, c_BH)
@@ -524,12 +543,9 @@ class _Layer(NamedTuple):
         gradients.load(d_output_SBH, passed)
         tape.backward(gradients)
         d_gates = gradients.d_gates
-        d_product = d_gates if gradients.d_product is None else gradients.d_product
         d_weight_GH = None
         if needs[3]:
-            d_weight_GH = torch.empty_like(tape.low_weight_GH, dtype=shape.dtype)
-            before_SBH = tape.low_states[: shape.length]
-            _multiply(d_product.flatten(0, 1).t(), before_SBH.flatten(0, 1), d_weight_GH)
+            d_weight_GH = _weight_gradient(gradients.of_product, tape.low_states[: shape.length], shape.dtype)
         d_weight_GI = _input_gradients(tape, d_gates, self.x_TBI[part], self.weight_GI, d_x_SBI, needs[2])
         d_bias = d_gates.sum((0, 1)) if needs[4] else None
         d_affine = _affine_gradients(tape, gradients, needs[7:])
@@ -555,9 +571,7 @@ class Recurrence(torch.autograd.Function):
         sites, mask_TB, count_T, gradient, recompute, parts = plan
         kept = gradient and not recompute
         device, length = x_TBI.device, len(x_TBI)
-        product_dtype = weight_GH.dtype
-        if torch.is_autocast_enabled(device.type):
-            product_dtype = torch.get_autocast_dtype(device.type)
+        product_dtype = _product_dtype(weight_GH)
         fixed = tuple(_fixed(site) for site in sites)
         stored = [value for site in sites for value in (site.stored_mean, site.stored_scale)]
         layer = _Layer(product_dtype, fixed, x_TBI, weight_GI, weight_GH, bias_G, mask_TB, count_T, affine, stored)
@@ -597,7 +611,7 @@ class Recurrence(torch.autograd.Function):
         x_TBI, needs = layer.x_TBI, ctx.needs_input_grad
         d_x = x_TBI.new_empty(x_TBI.shape) if needs[1] else None
         passed = _Passed(None, None, d_last_c)
-        totals: list[Tensor | None] = []
+        totals: list[Tensor | None] = [None] * 9
         with torch.no_grad(), _plainly(x_TBI.device), one_at_a_time:
             for number, part in reversed(list(enumerate(parts))):
                 lease = ctx.lease
@@ -607,14 +621,9 @@ class Recurrence(torch.autograd.Function):
                     lease = layer.run(part, torch.cat(before), starts[number], kept=True, recomputed=True)
                 d_part, d_x_part = (None if value is None else value[part] for value in (d_output, d_x))
                 passed, found = layer.backward(lease.tape, part, d_part, passed, d_x_part, needs)
-                if totals:
-                    found = [
-                        None if total is None or more is None else total.add_(more)
-                        for total, more in zip(totals, found, strict=True)
-                    ]
-                totals = found
-                # Given back before the next segment asks for one.
-                del lease
+                totals = [added(*both) for both in zip(totals, found, strict=True)]
+                # Given back before the next segment asks for as much.
+                del lease, found
         assert passed.d_next is not None
         d_h = passed.d_next if passed.d_h is None else passed.d_next + passed.d_h
         # The graph lives as long as the loss does; torch itself then refuses another backward.

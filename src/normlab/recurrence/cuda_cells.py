@@ -250,19 +250,16 @@ class Recurrence(torch.autograd.Function):
         site_bias_G: Tensor | None,
     ) -> Tensor:
         cell, site, mask_TB, count_T, kept = parts
-        device, dtype = h_BH.device, weight_GH.dtype
-        autocast = torch.is_autocast_enabled(device.type)
+        device = h_BH.device
         shape = _Shape(
-            device=device,
-            stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+            **cuda._present(device),
             length=len(projected_TBG),
             rows=h_BH.shape[0],
             hidden=h_BH.shape[1],
-            dtype=dtype,
-            product_dtype=torch.get_autocast_dtype(device.type) if autocast else dtype,
+            dtype=weight_GH.dtype,
+            product_dtype=cuda._product_dtype(weight_GH),
             kept=kept,
             masked=mask_TB is not None,
-            precision=str(torch.backends.cuda.matmul.fp32_precision),
             site=cuda._fixed(site),
         )
         with cuda._plainly(device):
@@ -292,9 +289,7 @@ class Recurrence(torch.autograd.Function):
             tape.backward(gradients)
             d_weight_GH = None
             if needs[2]:
-                d_product_NG = gradients.of_product.flatten(0, 1)
-                d_weight_GH = torch.empty_like(tape.low_weight_GH, dtype=shape.dtype)
-                cuda._multiply(d_product_NG.t(), tape.low_states[:-1].flatten(0, 1), d_weight_GH)
+                d_weight_GH = cuda._weight_gradient(gradients.of_product, tape.low_states[:-1], shape.dtype)
             d_bias = d_weight = None
             if needs[3] or needs[5] or needs[6]:
                 d_normalized = tape.d_normalized(gradients.d_input)

@@ -46,7 +46,7 @@ from normlab.norms.moments import Moments, several_processes
 from normlab.norms.none import NoNorm
 from normlab.norms.rms import RMSNorm
 from normlab.recurrence import cuda, kernels, reference
-from normlab.recurrence.once import differentiated_once
+from normlab.recurrence.once import added, differentiated_once
 from normlab.recurrence.reference import SEGMENT, SiteCarry, SiteNorms, Weights
 
 __all__ = ["RECOMPUTES", "engine", "lstm_layer", "never_for", "not_now_for", "on_kernels"]
@@ -680,16 +680,12 @@ class _Recurrence(torch.autograd.Function):
                 if needs[1]:
                     d_x.append(layer.d_input(gradients.d_projected))
                 found = layer.d_parameters(part, before_SBH, tape, gradients, needs)
-                totals = [_plus(*both) for both in zip(totals, found, strict=True)]
+                totals = [added(*both) for both in zip(totals, found, strict=True)]
             assert d_next is not None
         d_first_h = d_next if mask_TB is None else d_next + d_h
         d_input = None if not d_x else d_x[0] if len(d_x) == 1 else torch.cat(d_x[::-1])
         results = [d_input, *totals[:3], d_first_h, d_cell, *totals[3:]]
         return (None, *differentiated_once(results))
-
-
-def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
-    return more if total is None or more is None else total.add_(more)
 
 
 def _segments(length: int, kept: bool) -> list[slice]:

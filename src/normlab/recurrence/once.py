@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["differentiated_once"]
+__all__ = ["added", "differentiated_once"]
 
 
 class _Once(torch.autograd.Function):
@@ -34,3 +34,8 @@ def differentiated_once(gradients: list[Any]) -> list[Any]:
     for place, gradient in zip(given, once, strict=True):
         found[place] = gradient
     return found
+
+
+def added(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Both parts of a gradient together, in the memory of `total`; None is no part."""
+    return more if total is None or more is None else total.add_(more)

@@ -17,23 +17,16 @@ import triton.language as tl
 
 from normlab.recurrence.triton_kernels import (
     NONE,
-    _count,
+    _affine_backward,
     _load_gates,
     _sigmoid,
     _site,
-    _site_backward,
+    _store_gates,
     _tanh,
     _tile,
-    _times,
 )
 
 TANH = tl.constexpr(0)  # as in kernels.c
-
-
-@triton.jit
-def _store(ptr, offset, inside, hidden: tl.constexpr, x, GATES: tl.constexpr):
-    for gate in tl.static_range(GATES):
-        tl.store(ptr + offset + gate * hidden, x[gate], mask=inside)
 
 
 @triton.jit
@@ -47,7 +40,7 @@ def _product(
     x = _site(x, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, GATES)
     if KEPT and site[0] != NONE:
         size = tl.cast(rows * hidden, tl.int64)
-        _store(normalized_ptr + time * GATES * size, here, exists, hidden, x, GATES)
+        _store_gates(normalized_ptr + time * GATES * size, here, exists, hidden, x, GATES)
     weight = _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden, GATES)
     bias = _load_gates(bias_ptr, unit_1U, unit_1U < hidden, hidden, GATES)
     y = ()
@@ -63,11 +56,10 @@ def _product_backward(
 ):  # fmt: skip
     """Stores the gradient of the product with h, from that of what `_product` gave."""
     here = time * GATES * tl.cast(rows * hidden, tl.int64) + row_R1 * GATES * hidden + unit_1U
-    if site[0] != NONE:
-        d = _times(d, _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden, GATES), GATES)
-        y = _load_gates(normalized_ptr, here, real, hidden, GATES)
-        d = _site_backward(d, y, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, GATES)
-    _store(d_product_ptr, here, exists, hidden, d, GATES)
+    d = _affine_backward(
+        d, normalized_ptr, weight_ptr, here, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, GATES
+    )
+    _store_gates(d_product_ptr, here, exists, hidden, d, GATES)
 
 
 @triton.jit
@@ -90,10 +82,9 @@ def gru_forward_step(
     `states` begins with the one before the first time step. `gates` hold the input until they are known.
     """
     time = time.to(tl.int64)
-    row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
-    unit_1U = (tl.program_id(1) * U + tl.arange(0, U))[None, :]
-    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
-    count = _count(count_ptr, time, rows, MASKED)
+    row_R1, unit_1U, exists, real, count = _tile(
+        time, tl.program_id(0), tl.program_id(1), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+    )
     size = tl.cast(rows * hidden, tl.int64)
     state = row_R1 * hidden + unit_1U
     gates = time * 3 * size + row_R1 * 3 * hidden + unit_1U
@@ -109,7 +100,7 @@ def gru_forward_step(
     n = _tanh(x_n + r * y_n)
     h = (1 - z) * n + z * before
     if KEPT:
-        _store(gates_ptr, gates, exists, hidden, (r, z, n), 3)
+        _store_gates(gates_ptr, gates, exists, hidden, (r, z, n), 3)
         tl.store(inner_ptr + time * size + state, y_n, mask=exists)
     _store_state(states_ptr, low_states_ptr, time, size, state, exists, real, h, before, MASKED)
 
@@ -126,10 +117,9 @@ def gru_backward_step(
     the product; read from one half and written to the other in turns.
     """
     time = time.to(tl.int64)
-    row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
-    unit_1U = (tl.program_id(1) * U + tl.arange(0, U))[None, :]
-    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
-    count = _count(count_ptr, time, rows, MASKED)
+    row_R1, unit_1U, exists, real, count = _tile(
+        time, tl.program_id(0), tl.program_id(1), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+    )
     size = tl.cast(rows * hidden, tl.int64)
     state = row_R1 * hidden + unit_1U
     here = time * size + state
@@ -145,7 +135,7 @@ def gru_backward_step(
     d_z = d_h * (before - n) * z * (1 - z)
     d_n = d_h * (1 - z) * (1 - n * n)
     d_r = d_n * inner * r * (1 - r)
-    _store(d_input_ptr, gates, exists, hidden, (d_r, d_z, d_n), 3)
+    _store_gates(d_input_ptr, gates, exists, hidden, (d_r, d_z, d_n), 3)
     _product_backward(
         (d_r, d_z, d_n * r), weight_ptr, normalized_ptr, d_product_ptr, real, exists, row_R1, unit_1U, time, rows,
         hidden, count, statistics, site, 3,
@@ -164,10 +154,9 @@ def rnn_forward_step(
     `states` begins with the one before the first time step. The others hold the input until they are known.
     """
     time = time.to(tl.int64)
-    row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
-    unit_1U = (tl.program_id(1) * U + tl.arange(0, U))[None, :]
-    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
-    count = _count(count_ptr, time, rows, MASKED)
+    row_R1, unit_1U, exists, real, count = _tile(
+        time, tl.program_id(0), tl.program_id(1), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+    )
     size = tl.cast(rows * hidden, tl.int64)
     state = row_R1 * hidden + unit_1U
 
@@ -194,10 +183,9 @@ def rnn_backward_step(
     Without `d_product` the gradient of the product is that of the input.
     """
     time = time.to(tl.int64)
-    row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
-    unit_1U = (tl.program_id(1) * U + tl.arange(0, U))[None, :]
-    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
-    count = _count(count_ptr, time, rows, MASKED)
+    row_R1, unit_1U, exists, real, count = _tile(
+        time, tl.program_id(0), tl.program_id(1), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+    )
     size = tl.cast(rows * hidden, tl.int64)
     state = row_R1 * hidden + unit_1U
     here = time * size + state

@@ -54,27 +54,25 @@ def _load_gates(ptr, offset, inside, hidden: tl.constexpr, GATES: tl.constexpr =
 
 
 @triton.jit
-def _store_gates(ptr, offset, inside, hidden: tl.constexpr, i, f, g, o):
-    tl.store(ptr + offset, i, mask=inside)
-    tl.store(ptr + offset + hidden, f, mask=inside)
-    tl.store(ptr + offset + 2 * hidden, g, mask=inside)
-    tl.store(ptr + offset + 3 * hidden, o, mask=inside)
+def _store_gates(ptr, offset, inside, hidden: tl.constexpr, x, GATES: tl.constexpr = 4):
+    for gate in tl.static_range(GATES):
+        tl.store(ptr + offset + gate * hidden, x[gate], mask=inside)
 
 
 @triton.jit
-def _count(count_ptr, time, rows, MASKED: tl.constexpr):
-    """Rows with an entry at this time step."""
-    return tl.load(count_ptr + time) if MASKED else rows
-
-
-@triton.jit
-def _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden: tl.constexpr, MASKED: tl.constexpr):
-    """Which entries of the tile exist, and which of those are real."""
+def _tile(
+    time, down, across, rows, hidden: tl.constexpr, mask_ptr, count_ptr, MASKED: tl.constexpr, R: tl.constexpr,
+    U: tl.constexpr,
+):  # fmt: skip
+    """Rows and hidden units of a tile, which of its entries exist and which are real, and the time step's real rows."""
+    row_R1 = (down * R + tl.arange(0, R))[:, None]
+    unit_1U = (across * U + tl.arange(0, U))[None, :]
     exists = (row_R1 < rows) & (unit_1U < hidden)
-    real = exists
+    real, count = exists, rows
     if MASKED:
         real = exists & (tl.load(mask_ptr + time * rows + row_R1, mask=row_R1 < rows, other=0) != 0)
-    return exists, real
+        count = tl.load(count_ptr + time)
+    return row_R1, unit_1U, exists, real, count
 
 
 # Statistics of a row, pooled over its features (GATES x H, in a tuple of GATES) or over equal groups of them.
@@ -250,21 +248,15 @@ def _site_backward(
 
 
 @triton.jit
-def _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics, site: tl.constexpr):
-    return _site((i, f, g, o), real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, 4)
-
-
-@triton.jit
-def _gates_backward(
-    d_i, d_f, d_g, d_o, normalized_ptr, weight_ptr, here, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr,
-    count, statistics, site: tl.constexpr,
+def _affine_backward(
+    d, normalized_ptr, weight_ptr, here, real, row_R1, unit_1U, time, rows, hidden: tl.constexpr, count, statistics,
+    site: tl.constexpr, GATES: tl.constexpr,
 ):  # fmt: skip
-    d = (d_i, d_f, d_g, d_o)
+    """The gradient of what a site took, from that of what it gave, with weight and bias."""
     if site[0] != NONE:
-        y = _load_gates(normalized_ptr, here, real, hidden)
-        weight = _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden)
-        d = _times(d, weight, 4)
-        d = _site_backward(d, y, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, 4)
+        y = _load_gates(normalized_ptr, here, real, hidden, GATES)
+        d = _times(d, _load_gates(weight_ptr, unit_1U, unit_1U < hidden, hidden, GATES), GATES)
+        d = _site_backward(d, y, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, GATES)
     return d
 
 
@@ -275,14 +267,13 @@ def normalize_input(
 ):  # fmt: skip
     """The input site, T x B x 4H, before weight and bias; grid T x tiles down x tiles across."""
     time = tl.program_id(0).to(tl.int64)
-    row_R1 = (tl.program_id(1) * R + tl.arange(0, R))[:, None]
-    unit_1U = (tl.program_id(2) * U + tl.arange(0, U))[None, :]
-    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
-    count = _count(count_ptr, time, rows, MASKED)
+    row_R1, unit_1U, exists, real, count = _tile(
+        time, tl.program_id(1), tl.program_id(2), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+    )
     here = (time * rows + row_R1) * 4 * hidden + unit_1U
-    i, f, g, o = _load_gates(x_ptr, here, real, hidden)
-    i, f, g, o = _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site)
-    _store_gates(normalized_ptr, here, exists, hidden, i, f, g, o)
+    x = _load_gates(x_ptr, here, real, hidden)
+    y = _site(x, real, row_R1, unit_1U, time, rows, hidden, count, statistics, site, 4)
+    _store_gates(normalized_ptr, here, exists, hidden, y)
 
 
 @triton.jit
@@ -292,17 +283,15 @@ def normalize_input_backward(
 ):  # fmt: skip
     """The gradient of the input projection, from those of the gates; grid as in `normalize_input`."""
     time = tl.program_id(0).to(tl.int64)
-    row_R1 = (tl.program_id(1) * R + tl.arange(0, R))[:, None]
-    unit_1U = (tl.program_id(2) * U + tl.arange(0, U))[None, :]
-    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
-    count = _count(count_ptr, time, rows, MASKED)
+    row_R1, unit_1U, exists, real, count = _tile(
+        time, tl.program_id(1), tl.program_id(2), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+    )
     here = (time * rows + row_R1) * 4 * hidden + unit_1U
-    d_i, d_f, d_g, d_o = _load_gates(d_gates_ptr, here, real, hidden)
-    d_i, d_f, d_g, d_o = _gates_backward(
-        d_i, d_f, d_g, d_o, normalized_ptr, weight_ptr, here, real, row_R1, unit_1U, time, rows, hidden, count,
-        statistics, site,
+    d_x = _affine_backward(
+        _load_gates(d_gates_ptr, here, real, hidden), normalized_ptr, weight_ptr, here, real, row_R1, unit_1U, time,
+        rows, hidden, count, statistics, site, 4,
     )  # fmt: skip
-    _store_gates(d_x_ptr, here, exists, hidden, d_i, d_f, d_g, d_o)
+    _store_gates(d_x_ptr, here, exists, hidden, d_x)
 
 
 @triton.jit(do_not_specialize=["time"])
@@ -320,10 +309,9 @@ def forward_step(
     `products` are those of all time steps.
     """
     time = time.to(tl.int64)
-    row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
-    unit_1U = (tl.program_id(1) * U + tl.arange(0, U))[None, :]
-    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
-    count = _count(count_ptr, time, rows, MASKED)
+    row_R1, unit_1U, exists, real, count = _tile(
+        time, tl.program_id(0), tl.program_id(1), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+    )
     column = unit_1U < hidden
     state = row_R1 * hidden + unit_1U
     gates = row_R1 * 4 * hidden + unit_1U
@@ -332,10 +320,11 @@ def forward_step(
 
     if states_ptr is None:
         products_ptr += time * 4 * size
-    i, f, g, o = _load_gates(products_ptr, gates, real, hidden)
-    i, f, g, o = _gates(i, f, g, o, real, row_R1, unit_1U, time, rows, hidden, count, hidden_statistics, hidden_site)
+    product = _load_gates(products_ptr, gates, real, hidden)
+    y = _site(product, real, row_R1, unit_1U, time, rows, hidden, count, hidden_statistics, hidden_site, 4)
     if KEPT and hidden_site[0] != NONE:
-        _store_gates(hidden_normalized_ptr + time * 4 * size, gates, exists, hidden, i, f, g, o)
+        _store_gates(hidden_normalized_ptr + time * 4 * size, gates, exists, hidden, y)
+    i, f, g, o = y
     x_i, x_f, x_g, x_o = _load_gates(input_ptr + time * 4 * size, gates, real, hidden)
     w_i, w_f, w_g, w_o = _load_gates(hidden_weight_ptr, unit_1U, column, hidden)
     v_i, v_f, v_g, v_o = _load_gates(input_weight_ptr, unit_1U, column, hidden)
@@ -353,7 +342,7 @@ def forward_step(
     b = tl.load(cell_bias_ptr + unit_1U, mask=column, other=0)
     squashed = _tanh(y * w + b)
     if KEPT:
-        _store_gates(gates_ptr + time * 4 * size, gates, exists, hidden, i, f, g, o)
+        _store_gates(gates_ptr + time * 4 * size, gates, exists, hidden, (i, f, g, o))
         tl.store(squashed_ptr + time * size + state, squashed, mask=exists)
     if MASKED:
         new_c = tl.where(real, new_c, c)
@@ -382,11 +371,9 @@ def backward_step(
     site's output.
     """
     time = time.to(tl.int64)
-    row_R1 = (tl.program_id(0) * R + tl.arange(0, R))[:, None]
-    unit_1U = (tl.program_id(1) * U + tl.arange(0, U))[None, :]
-    exists, real = _tile(mask_ptr, time, row_R1, unit_1U, rows, hidden, MASKED)
-    count = _count(count_ptr, time, rows, MASKED)
-    column = unit_1U < hidden
+    row_R1, unit_1U, exists, real, count = _tile(
+        time, tl.program_id(0), tl.program_id(1), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+    )
     state = row_R1 * hidden + unit_1U
     size = tl.cast(rows * hidden, tl.int64)
     here = time * size + state
@@ -405,23 +392,22 @@ def backward_step(
 
     d_o = d_h * squashed * o * (1 - o)
     d_y = d_h * o * (1 - squashed * squashed)
-    d_c = d_y
     if cell_site[0] != NONE:
         tl.store(d_cell_ptr + here, d_y, mask=exists)
-        d_c = d_y * tl.load(cell_weight_ptr + unit_1U, mask=column, other=0)
-        y = tl.load(cell_normalized_ptr + here, mask=real, other=0)
-        (d_c,) = _site_backward(
-            (d_c,), (y,), real, row_R1, unit_1U, time, rows, hidden, count, cell_statistics, cell_site, 1
-        )
+    (d_c,) = _affine_backward(
+        (d_y,), cell_normalized_ptr, cell_weight_ptr, here, real, row_R1, unit_1U, time, rows, hidden, count,
+        cell_statistics, cell_site, 1,
+    )  # fmt: skip
     d_c = tl.where(real, d_c + d_c_later, 0)
     d_i = d_c * g * i * (1 - i)
     d_f = d_c * c * f * (1 - f)
     d_g = d_c * i * (1 - g * g)
     tl.store(d_c_ptr + passed, tl.where(real, d_c * f, d_c_later), mask=exists)
-    _store_gates(d_gates_ptr, gates, exists, hidden, d_i, d_f, d_g, d_o)
+    d = (d_i, d_f, d_g, d_o)
+    _store_gates(d_gates_ptr, gates, exists, hidden, d)
     if d_product_ptr is not None:
-        d_i, d_f, d_g, d_o = _gates_backward(
-            d_i, d_f, d_g, d_o, hidden_normalized_ptr, hidden_weight_ptr, gates, real, row_R1, unit_1U, time, rows,
-            hidden, count, hidden_statistics, hidden_site,
+        d_product = _affine_backward(
+            d, hidden_normalized_ptr, hidden_weight_ptr, gates, real, row_R1, unit_1U, time, rows, hidden, count,
+            hidden_statistics, hidden_site, 4,
         )  # fmt: skip
-        _store_gates(d_product_ptr, gates, exists, hidden, d_i, d_f, d_g, d_o)
+        _store_gates(d_product_ptr, gates, exists, hidden, d_product)
