@@ -11,7 +11,7 @@
 
 A part that was measured replaces that part of results/bench_recurrence.json, from which the table of README.md, those
 of docs/speed.md and docs/bench_recurrence.png are made. With another --result the figure comes beside that file
-and the pages stay. Ctrl-C writes nothing.
+and the pages stay. Each part is written once it is measured; Ctrl-C ends the one under way and writes none of it.
 
 A step is forward and backward of one layer, the input as wide as the hidden state. Every measurement is paired with one
 of torch's own layer right before it, and all variants take turns: what else the machine does then falls on both. A
@@ -64,12 +64,13 @@ from torch import nn
 
 import normlab
 from normlab.config import InputError
-from normlab.recurrence import kernels
+from normlab.recurrence import graphs, kernels
 
 RESULT = ROOT / "results" / "bench_recurrence.json"
 FIGURE = ROOT / "docs" / "bench_recurrence.png"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "speed.md"
 PARTS_OF_RESULT = ("table", "sweep", "profile", "cells")
+ROW_KEYS = ("device", "cell", "batch", "length", "hidden", "norm")
 
 SHAPES = ((32, 100, 256), (64, 100, 512), (32, 35, 650), (20, 100, 1000))
 SWEEP_BATCH, SWEEP_HIDDEN, SWEEP_LENGTH = 32, 256, 50
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     if "cuda" in options.devices:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
     result: dict[str, Any] = {"unit": "training step (forward and backward); ratios: of torch's own layer's"}
-    result |= {part: found for part, found in read_json(options.result).items() if part in PARTS_OF_RESULT}
+    result |= earlier(options.result)
     parts = [] if options.write else options.parts
     missing = [part for part in PARTS_OF_RESULT if part not in result and part not in parts]
     if options.result == RESULT and missing:
@@ -137,9 +138,29 @@ def main(arguments: Sequence[str]) -> None:
             precision = "fp32" if part == "profile" else options.precision
             facts = {"precision": precision, "tf32": options.tf32, "compiler": kernels.compiler() is not None}
             result[part] = {**conditions.as_dict(), **facts, "rows": rows}
+            # Now: a later part may not end.
+            write(files(result, options.result))
             progress.remove_task(task)
     show(console, result)
-    write(files(result, options.result))
+    if options.write:
+        write(files(result, options.result))
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """The parts of an earlier result.
+
+    Raises:
+        InputError: it is none of this bench as it is now.
+    """
+    found = {part: value for part, value in read_json(path).items() if part in PARTS_OF_RESULT}
+    for part, value in found.items():
+        absent = sorted({key for row in value["rows"] for key in ROW_KEYS if key not in row})
+        if absent:
+            raise InputError(
+                f"{path.name} is of an earlier bench: rows of {part} lack {', '.join(absent)}; "
+                "move it away, or name another --result"
+            )
+    return found
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -252,7 +273,8 @@ def measured(
     say: Say,
     cell: str = "lstm",
 ) -> Iterator[Row]:
-    """The rows of one shape, one per norm and backend."""
+    """The rows of one shape, one per norm and backend; `graphs` of a row counts the CUDA graphs held at the end."""
+    graphs.release()  # those of the shape before, which would leave no room
     batch, length, hidden = shape
     where = f"{device} {cell} {batch} x {length} x {hidden}"
     say(f"{where}, warming up")
@@ -264,7 +286,8 @@ def measured(
     found = paired(base, steps, device, seconds, lambda rounds: say(f"{where}, {rounds} pairs"))
     for (norm, backend), timings in found.items():
         row = {"device": device, "cell": cell, "batch": batch, "length": length, "hidden": hidden, "norm": norm}
-        yield row | {"backend": backend, "engine": variants[norm, backend][1]} | summary(timings)
+        row |= {"backend": backend, "engine": variants[norm, backend][1]} | summary(timings)
+        yield row if device == "cpu" else row | {"graphs": graphs.held()}
 
 
 def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str, cell: str) -> tuple[Step, str]:
@@ -388,15 +411,24 @@ def profile_block(part: Mapping[str, Any]) -> str:
 
 
 def files(result: Mapping[str, Any], path: Path) -> dict[Path, bytes]:
-    """All that is made of a result, by path: with the committed one the pages too."""
+    """All that is made of a result, by path: with the committed one the pages too, as far as its parts are there."""
     made = {path: as_json(result)}
     if "sweep" in result:
         made[FIGURE if path == RESULT else path.with_suffix(".png")] = figure(result["sweep"])
     if path == RESULT:
-        made[README] = filled(README.read_text(encoding="utf-8"), "bench", ratios_block(result["table"])).encode()
-        page = filled(PAGE.read_text(encoding="utf-8"), "profile", profile_block(result["profile"]))
-        made[PAGE] = filled(page, "cells", ratios_block(result["cells"])).encode()
+        for part, (page, name, block) in BLOCKS.items():
+            if part in result:
+                text = made[page] if page in made else page.read_bytes()
+                made[page] = filled(text.decode(), name, block(result[part])).encode()
     return made
+
+
+BLOCKS = {
+    "table": (README, "bench", ratios_block),
+    "profile": (PAGE, "profile", profile_block),
+    "cells": (PAGE, "cells", ratios_block),
+}
+"""Where a part of the committed result stands: the page, and its block there."""
 
 
 # The figure.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shlex
@@ -22,8 +23,8 @@ from normlab.records.environment import collect_environment
 
 ROOT = Path(__file__).resolve().parent.parent
 FEWEST_PAIRS = 3
-WARM_UPS = 2
-"""The first step of each variant builds kernels, the second grows the heap."""
+WARM_UPS = {"cpu": 2, "cuda": 3}
+"""The first step of each variant builds kernels, the second grows the heap, the third records CUDA graphs."""
 
 Step = Callable[[], None]
 Key = TypeVar("Key", bound=Hashable)
@@ -60,7 +61,7 @@ def paired(
         say: told the number of rounds done, after each.
     """
     for step in (base, *variants.values()):
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UPS[device]):
             step()
     pairs: dict[Key, list[Pair]] = {key: [] for key in variants}
     began, rounds = time.monotonic(), 0
@@ -100,12 +101,12 @@ class Conditions:
 
     def __init__(self, script: str, arguments: Sequence[str], devices: Sequence[str]) -> None:
         self._command = shlex.join(["python", f"scripts/{script}", *arguments])
-        self._devices = [torch.cuda.get_device_name(device) for device in devices if device != "cpu"]
+        self._environment = _environment(tuple(devices))
         self._load = os.getloadavg()[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; no path but those of the command."""
-        environment = collect_environment(self._devices)
+        environment = self._environment
         return {
             "command": self._command,
             "date": datetime.now(UTC).date().isoformat(),
@@ -113,6 +114,12 @@ class Conditions:
             "load_average": {"before": round(self._load, 2), "after": round(os.getloadavg()[0], 2)},
             **{key: environment[key] for key in ("machine", "cpu", "cores", "platform", "versions", "git")},
         }
+
+
+@functools.cache
+def _environment(devices: tuple[str, ...]) -> dict[str, Any]:
+    """Taken once: what a bench writes must not make its next part one of a changed checkout."""
+    return collect_environment([torch.cuda.get_device_name(device) for device in devices if device != "cpu"])
 
 
 def sentence(conditions: Mapping[str, Any]) -> str:
@@ -144,8 +151,15 @@ def filled(page: str, name: str, content: str) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An earlier result, empty if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """An earlier result, empty if there is none.
+
+    Raises:
+        InputError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError:
+        raise InputError(f"{path.name} is no result of a bench; move it away, or name another --result") from None
 
 
 def as_json(result: Mapping[str, Any]) -> bytes:
@@ -178,6 +192,6 @@ def guarded(main: Callable[[Sequence[str]], None]) -> int:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; nothing unfinished was written", file=sys.stderr)
         return 130
     return 0

@@ -88,12 +88,21 @@ def test_a_small_run(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyP
     assert "torch.jit loop" in capsys.readouterr().out
 
 
-def test_an_interrupted_run_is_one_line_and_writes_nothing(
-    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+@pytest.mark.parametrize(
+    ("flags", "whole"),
+    [(["--table", "--shapes", "2,3,4", "3,3,4"], []), (["--table", "--cells", "--shapes", "2,3,4"], ["table"])],
+)
+def test_an_interrupted_run_is_one_line_and_leaves_whole_parts(
+    scripts: dict[str, ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys,
+    flags: list[str],
+    whole: list[str],
 ):
     bench, result = scripts["bench_recurrence"], tmp_path / "bench.json"
-    flags = ["--table", "--norms", "ln", "--backends", "fast", "--shapes", "2,3,4", "3,3,4", "--seconds", "0"]
-    monkeypatch.setattr(sys, "argv", ["bench_recurrence.py", *flags, "--devices", "cpu", "--result", str(result)])
+    flags = [*flags, "--norms", "ln", "--backends", "fast", "--seconds", "0", "--devices", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["bench_recurrence.py", *flags, "--result", str(result)])
     measured = bench.measured
 
     def interrupted(shape: tuple[int, int, int], *rest: object):
@@ -102,11 +111,29 @@ def test_an_interrupted_run_is_one_line_and_writes_nothing(
         return measured(shape, *rest)
 
     monkeypatch.setattr(bench, "measured", interrupted)
+    monkeypatch.setattr(bench, "CELL_SHAPES", ((3, 3, 4),))
     assert scripts["benchmarking"].guarded(bench.main) == 130
     printed = capsys.readouterr()
     assert "2 x 3 x 4" in printed.out
-    assert printed.err == "interrupted; nothing was written\n"
-    assert list(tmp_path.iterdir()) == []
+    assert printed.err == "interrupted; nothing unfinished was written\n"
+    assert list(tmp_path.iterdir()) == [result] * bool(whole)
+    assert [part for part in bench.PARTS_OF_RESULT if part in bench.earlier(result)] == whole
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"table": {"rows": [{"device": "cpu", "batch": 2, "length": 3, "hidden": 4, "norm": "ln"}]}}']
+)
+def test_a_result_that_is_none_is_one_line_and_stays(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, content: str
+):
+    bench, result = scripts["bench_recurrence"], tmp_path / "bench.json"
+    result.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["bench_recurrence.py", "--write", "--result", str(result)])
+    assert scripts["benchmarking"].guarded(bench.main) == 2
+    error = capsys.readouterr().err
+    assert "move it away" in error
+    assert error.count("\n") == 1
+    assert result.read_text() == content
 
 
 def test_a_block_is_filled_between_its_markers(scripts: dict[str, ModuleType]):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from normlab.recurrence import graphs
-from normlab.recurrence.graphs import MOST_GRAPHS, MOST_SHAPES, Lease, Tape
+from normlab.recurrence.graphs import CALLS_TO_DISPLACE, MOST_GRAPHS, MOST_SHAPES, Lease, Tape
 
 
 class Shape(NamedTuple):
@@ -67,6 +67,28 @@ def test_of_many_lengths_a_few_are_captured_once(records: list[Any]) -> None:
         Lease(EmptyTape, Shape(draw.randrange(100)))
     assert records == [None, "that of forward"] * MOST_GRAPHS
     assert len(graphs._graphs) == MOST_GRAPHS + MOST_SHAPES
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_a_new_model_takes_the_place_of_one_that_is_gone(records: list[Any], layers: int) -> None:
+    for model in range(2 * MOST_GRAPHS):
+        for _ in range(CALLS_TO_DISPLACE):
+            leases = [Lease(EmptyTape, Shape(model)) for _ in range(layers)]
+        assert all(lease.tape.backward_graph for lease in leases)
+        assert graphs.held() <= MOST_GRAPHS
+
+
+def test_many_waiting_calls_leave_the_others_theirs(records: list[Any]) -> None:
+    for _ in range(3):
+        Lease(EmptyTape, Shape(100))
+    for _ in range(10):
+        assert Lease(EmptyTape, Shape(100)).tape.backward_graph
+        waiting = [Lease(EmptyTape, Shape(1)) for _ in range(100)]
+        assert graphs.held() == MOST_GRAPHS
+        waiting.clear()
+    graphs.release()
+    assert graphs.held() == 0
+    assert Lease(EmptyTape, Shape(100)).tape.backward_graph is None
 
 
 def test_from_inference_mode_it_serves_elsewhere(records: list[Any]) -> None:

@@ -373,8 +373,8 @@ def test_the_models_fields_are_covered_by_their_own_tests():
 def test_a_run_on_a_cpu_leaves_a_gpu_alone(tiny_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking CUDA for anything takes memory on the GPU, and fails where the GPU is another program's alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    # Optimizers ask, which takes nothing; torch built for a GPU can not answer without one.
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    # Torch's own optimizers ask whether a graph is being captured; built for a GPU, it can not answer without one.
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda self: None)
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda *_: pytest.fail("CUDA was asked"))
     record = train(tiny_run(training__accelerator="cpu", training__steps=2))
     assert record.outcome().state == "finished"
