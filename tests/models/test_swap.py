@@ -15,10 +15,11 @@ import torch
 from tiny_architectures import FOUR, OWN, WIDTH, V, batch, build, ids
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import DynamicCache, MambaConfig, MambaForCausalLM
 
 import normlab
 from normlab.config import InputError, available_norms
-from normlab.models.padding import pooling
+from normlab.models.padding import CACHES, pooling
 from normlab.models.swap import SwapReport, reads_ahead, swap_norms
 from normlab.norms import build_norm, norm_options
 from normlab.norms.base import Norm
@@ -503,8 +504,42 @@ def test_a_cache_gives_the_same_logits(norm: str, left: bool):
         mask[1, :3] = 0
     whole = model(tokens, attention_mask=mask).logits
     first = model(tokens[:, :4], attention_mask=mask[:, :4], use_cache=True)
-    rest = model(tokens[:, 4:], attention_mask=mask, past_key_values=first.past_key_values).logits
+    rest = model(tokens[:, 4:], attention_mask=mask, **cache_of(first)).logits
     assert torch.allclose(whole[:, 4:], rest, atol=1e-5)
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """By the first name that this version of transformers has for it, in results as in arguments."""
+    name = next(name for name in CACHES if name in output)
+    return {name: output[name]}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_by_any_name_tells_the_time_step(name: str):
+    class Cached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.norm = nn.Embedding(V, 8), nn.LayerNorm(8)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **caches: Any) -> Tensor:
+            return self.norm(self.embed(input_ids))
+
+    model = Cached()
+    swap_norms(model, "bn_step", causal=True)
+    seen = watch(model)
+    cache = DynamicCache()
+    cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
+    model(ids(2, 1), **{name: cache})
+    assert seen["norm"][2] == 3
+
+
+def test_a_cache_that_does_not_tell_is_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=8, num_hidden_layers=1, state_size=2))
+    swap_norms(model, "bn")
+    model.eval()
+    first = model(ids(2, 4), use_cache=True)
+    with pytest.raises(InputError, match="use_cache=False"):
+        model(ids(2, 1), **cache_of(first))
 
 
 def test_a_norm_over_the_sequence_refuses_a_cache():
@@ -513,7 +548,7 @@ def test_a_norm_over_the_sequence_refuses_a_cache():
     model.eval()
     first = model(ids(2, 4), use_cache=True)
     with pytest.raises(InputError, match="use_cache=False"):
-        model(ids(2, 1), past_key_values=first.past_key_values)
+        model(ids(2, 1), **cache_of(first))
     made = model.generate(ids(2, 4), max_new_tokens=3, use_cache=False, do_sample=False)
     assert made.shape == (2, 7)
 

@@ -107,12 +107,13 @@ def fill_and_free(folder: Path, config: RunConfig, report: Path) -> None:
         full, line = train()
         freed, filler.left = filler.left == 0, 0
         filler.path.unlink(missing_ok=True)
-        code, _ = train()
+        code, after = train()
         found[f"{pattern} {time}"] = {
             "freed": freed,
             "full": full,
             "line": line,
             "code": code,
+            "after": after,
             "rows": numbers(record()),
             "results": results(record()),
         }
@@ -140,6 +141,6 @@ def test_a_full_disk_at_every_file(tiny_run: Build, tmp_path: Path):
             " is full; free some space, then run the same command again to go on from the last checkpoint\n"
         )
         assert seen["line"].count("\n") == 1
-        assert seen["code"] == 0, write
+        assert seen["code"] == 0, (write, seen["after"])
         assert seen["rows"] == whole["rows"], write
         assert seen["results"] == whole["results"], write

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from normlab.config import InputError
 from normlab.norms.base import Norm, Step
 
-__all__ = ["Adapter", "Listener", "Pooling", "Streams", "listen", "pooling"]
+__all__ = ["CACHES", "Adapter", "Listener", "Pooling", "Streams", "listen", "pooling"]
 
 TOKENS = ("input_ids", "inputs_embeds", "src", "tgt")
 OTHER_INPUTS = ("pixel_values", "input_features")
+CACHES = ("cache", "past_key_values", "cache_params")
+"""Of what was read before: `cache` since transformers 5.24, which still takes the others for a while."""
 PADDING_MASKS = ("src_key_padding_mask", "tgt_key_padding_mask")
 """Of torch.nn.Transformer and its parts; True (or -inf) = padding."""
 
@@ -129,7 +131,7 @@ class Listener:
             tokens = next((given[name] for name in TOKENS if isinstance(given.get(name), Tensor)), None)
             rows, time = (None, None) if tokens is None else _rows_and_time(tokens)
             readable = mask_BL is not None or not _masked(given)
-            return Stream(rows, time, mask_BL, _cached(given.get("past_key_values")), readable)
+            return Stream(rows, time, mask_BL, _cached(given), readable)
         if around is None:
             return Stream(None, None, mask_BL, readable=mask_BL is not None or not _masked(given))
         if mask_BL is not None and around.mask_BL is None and around.fits(mask_BL):
@@ -162,13 +164,17 @@ def _real(given: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _cached(cache: Any) -> int:
-    """Tokens in a cache of keys and values."""
+def _cached(given: dict[str, Any]) -> int:
+    """Tokens in the cache that the module is given, if it is given one."""
+    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
     if cache is None:
         return 0
-    if not hasattr(cache, "get_seq_length"):
-        raise InputError(f"cannot tell how many tokens are in a cache of type {type(cache).__name__}; use_cache=False")
-    return int(cache.get_seq_length())
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # ValueError: of linear attention and state spaces alone
+        raise InputError(
+            f"cannot tell how many tokens are in a cache of type {type(cache).__name__}; use_cache=False"
+        ) from None
 
 
 class Pooling(NamedTuple):
