@@ -378,7 +378,7 @@ def _normalize_input(tape: _Tape, projected: Tensor) -> None:
     shape = tape.shape
     fixed = shape.sites[0]
     (down, across), tile = _tile(shape, [fixed])
-    _kernels().normalize_input[shape.length, down, across](
+    _kernels().normalize_input[shape.length * down, across](
         *(shape.rows, shape.hidden, tape.mask_TB, tape.count_T, projected, tape.input, tape.sites[0].arguments),
         **{"site": fixed[:4], "MASKED": shape.masked, **tile},
     )
@@ -388,7 +388,7 @@ def _normalize_input_backward(tape: _Tape, d_gates: Tensor, d_projected: Tensor)
     shape = tape.shape
     fixed = shape.sites[0]
     (down, across), tile = _tile(shape, [fixed])
-    _kernels().normalize_input_backward[shape.length, down, across](
+    _kernels().normalize_input_backward[shape.length * down, across](
         *(shape.rows, shape.hidden, tape.mask_TB, tape.count_T, d_gates, tape.input, tape.input_weight, d_projected),
         tape.sites[0].arguments,
         **{"site": fixed[:4], "MASKED": shape.masked, **tile},

@@ -265,10 +265,14 @@ def normalize_input(
     rows, hidden: tl.constexpr, mask_ptr, count_ptr, x_ptr, normalized_ptr, statistics,
     site: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """The input site, T x B x 4H, before weight and bias; grid T x tiles down x tiles across."""
-    time = tl.program_id(0).to(tl.int64)
+    """The input site, T x B x 4H, before weight and bias; grid (T x tiles down) x tiles across.
+
+    CUDA allows 65,535 programs along all but the first dimension.
+    """
+    tiles_down = tl.cdiv(rows, R)
+    time = (tl.program_id(0) // tiles_down).to(tl.int64)
     row_R1, unit_1U, exists, real, count = _tile(
-        time, tl.program_id(1), tl.program_id(2), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+        time, tl.program_id(0) % tiles_down, tl.program_id(1), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
     )
     here = (time * rows + row_R1) * 4 * hidden + unit_1U
     x = _load_gates(x_ptr, here, real, hidden)
@@ -282,9 +286,10 @@ def normalize_input_backward(
     site: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the input projection, from those of the gates; grid as in `normalize_input`."""
-    time = tl.program_id(0).to(tl.int64)
+    tiles_down = tl.cdiv(rows, R)
+    time = (tl.program_id(0) // tiles_down).to(tl.int64)
     row_R1, unit_1U, exists, real, count = _tile(
-        time, tl.program_id(1), tl.program_id(2), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
+        time, tl.program_id(0) % tiles_down, tl.program_id(1), rows, hidden, mask_ptr, count_ptr, MASKED, R, U
     )
     here = (time * rows + row_R1) * 4 * hidden + unit_1U
     d_x = _affine_backward(
