@@ -184,6 +184,27 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     RunRecord.open(record.folder).start()
 
 
+@pytest.mark.parametrize("call", ["ftruncate", "fsync"])  # of the lock's file, and of outcome.json
+def test_a_record_that_could_not_start_or_move_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    record = RunRecord.create(config_in(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        with pytest.raises(OSError, match="No space left"):
+            record.start()
+    RunRecord.open(record.folder).start()
+    record = RunRecord.create(config_in(tmp_path, seed=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(OSError, match="No space left"):
+            record.archive()
+    RunRecord.open(record.folder).start()
+
+
 def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     record = RunRecord.create(config_in(tmp_path))
     record.start()

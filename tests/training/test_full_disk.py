@@ -29,6 +29,7 @@ DISK_BYTES = 4_000_000
 
 WRITES = [
     (".config.yaml.*.tmp", 1),
+    ("lock", 1),
     (".outcome.json.*.tmp", 1),
     (".environment.json.*.tmp", 1),
     (".tokenizer.json*.tmp", 1),

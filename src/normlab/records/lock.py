@@ -36,13 +36,16 @@ class FolderLock:
         holder = 0
         for _ in range(20):
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-            if _lock_exclusively(file) and self._is_still(file):
-                os.ftruncate(file, 0)
-                os.write(file, str(os.getpid()).encode())
-                self._file = file
-                return None
-            holder = int(os.pread(file, 20, 0) or 0)
-            os.close(file)
+            try:
+                if _lock_exclusively(file) and self._is_still(file):
+                    os.ftruncate(file, 0)
+                    os.write(file, str(os.getpid()).encode())
+                    self._file = file
+                    return None
+                holder = int(os.pread(file, 20, 0) or 0)
+            finally:
+                if self._file is None:  # not got, or the disk is full
+                    os.close(file)
             # Someone who asks `is_held_by_anyone` holds a shared lock for an instant.
             time.sleep(0.01)
         return holder

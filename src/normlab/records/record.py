@@ -152,11 +152,15 @@ class RunRecord:
             InputError: another process (or another `RunRecord` of this one) is training this run.
         """
         self._acquire()
-        for leftover in self.folder.rglob(".*.tmp"):  # a half-written checkpoint too
-            # A config is written before the lock is taken, and another process may be at it.
-            if not leftover.name.startswith(".config.yaml."):
-                leftover.unlink(missing_ok=True)
-        self._write_outcome(Outcome("running", step=step, seconds=seconds))
+        try:
+            for leftover in self.folder.rglob(".*.tmp"):  # a half-written checkpoint too
+                # A config is written before the lock is taken, and another process may be at it.
+                if not leftover.name.startswith(".config.yaml."):
+                    leftover.unlink(missing_ok=True)
+            self._write_outcome(Outcome("running", step=step, seconds=seconds))
+        except BaseException:  # whoever keeps the error, and with it this record, would keep the lock
+            self.release()
+            raise
 
     def log(self, step: int, seconds: float, metrics: Mapping[str, Any]) -> None:
         """Append one row: `step` (optimizer steps done), `seconds` (training time) and `metrics`.
@@ -255,11 +259,13 @@ class RunRecord:
             InputError: another process is training this run.
         """
         self._acquire()
-        number = 1
-        while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
-            number += 1
-        self.folder.rename(aside)
-        self.release()
+        try:
+            number = 1
+            while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+                number += 1
+            self.folder.rename(aside)
+        finally:
+            self.release()
         return RunRecord(aside, self.config)
 
     def release(self) -> None:
