@@ -123,8 +123,11 @@ def _last_checkpoint(record: RunRecord, text: PreparedText) -> dict[str, Any] | 
 def _advance(text: PreparedText, alike: Sequence[tuple[RunRecord, dict[str, Any]]]) -> bool:
     """As `advance_stacked`, of runs that have done equally many steps."""
     clock, runs = Stopwatch(), []
-    ours = [(record, stored) for record, stored in alike if _is_ours(record)]
+    ours: list[tuple[RunRecord, dict[str, Any]]] = []
     try:
+        for record, stored in alike:
+            if _is_ours(record):
+                ours.append((record, stored))
         runs = [_Run(record, text, stored, clock) for record, stored in ours]
         runs = [run for run in runs if belongs_to(run.stored, run.module)]
         return len(runs) < 2 or _Stack(text, runs, clock).train()
