@@ -111,6 +111,12 @@ def test_the_choice_names_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert build("ln", backend="reference").backend_choice() == ("reference", "asked for")
     assert build("none").backend_choice() == ("fused", "every site is bare")
     assert build("none", backend="fast").backend_choice()[0] == "fast"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        for dtype, backend in ((torch.float16, {"fused"}), (torch.bfloat16, {"fast", "reference"})):
+            patch.setattr(torch, "get_autocast_dtype", lambda device, dtype=dtype: dtype)
+            assert build("none").backend_choice("cuda")[0] in backend
+            assert build("none").backend_choice("cpu")[0] == "fused"
     assert build("ln", proj_size=3).backend_choice() == ("reference", "proj_size is set")
     assert build("ln").backend_choice("mps") == ("reference", "the input is neither on a CPU nor on a GPU but on mps")
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import sys
 import time
@@ -9,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -132,6 +134,21 @@ def test_threads_take_turns(records: list[Any], monkeypatch: pytest.MonkeyPatch)
     assert len(records) == 2 * MOST_GRAPHS
 
 
+def test_memory_of_calls_that_wait_for_backward() -> None:
+    class Nested(EmptyTape):
+        def __init__(self, shape: Any) -> None:
+            self.memory = torch.empty(5)
+            self.part = self.memory[1:]
+            self.sites = (SimpleNamespace(mean=torch.empty(2, dtype=torch.float64), spread=None),)
+            self.gradients = (torch.empty(100),)
+
+    before = graphs.leased_bytes()
+    leases = [Lease(Nested, Shape(1)) for _ in range(2)]
+    assert graphs.leased_bytes() - before == 2 * (5 * 4 + 2 * 8)
+    leases.clear()
+    assert graphs.leased_bytes() == before
+
+
 def test_recorded_on_a_stream_of_the_same_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     streams: list[Any] = []
 
@@ -139,15 +156,16 @@ def test_recorded_on_a_stream_of_the_same_gpu(monkeypatch: pytest.MonkeyPatch) -
         streams.append(stream)
         return nullcontext()
 
-    gpu = iter((0, 1, 0))
+    gpu, stream = iter((0, 1, 0, 0)), iter((7, 7, 7, 8))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: next(gpu))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=next(stream)))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"one of GPU {device}")
+    made = itertools.count()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (device, next(made)))
     monkeypatch.setattr(torch.cuda, "graph", graph)
     graphs._side_stream.cache_clear()
-    for _ in range(3):
+    for _ in range(4):
         graphs._record(lambda: None)
     graphs._side_stream.cache_clear()
-    assert streams == ["one of GPU 0", "one of GPU 1", "one of GPU 0"]
+    assert streams == [(0, 0), (1, 1), (0, 0), (0, 2)]  # another one beside another stream

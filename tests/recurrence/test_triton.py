@@ -37,6 +37,7 @@ from triton_device import (
 
 from normlab.models.lstm import LSTM
 from normlab.norms import build_norm
+from normlab.probes.cost import SavedBytes
 from normlab.recurrence import cuda, fast, graphs, reference
 from normlab.recurrence.reference import SiteNorms, Weights
 
@@ -246,6 +247,21 @@ def test_the_model_names_it() -> None:
     for recompute in (False, True):
         lstm = LSTM(3, 4, norm="ln", device=DEVICE, recompute=recompute)
         assert lstm.backend_choice(DEVICE.type) == ("fast", "Triton kernels")
+
+
+@on_either
+def test_what_is_kept_for_backward_is_counted() -> None:
+    length, rows, hidden = 6, 4, 32
+    lstm, x = LSTM(8, hidden, norm="ln", device=DEVICE), torch.randn(length, rows, 8, device=DEVICE)
+    with SavedBytes(list(lstm.parameters())) as counted:
+        out = lstm(x)[0]
+    # 16 times B x T x H, as cuda.py says; h and c before the first step, one product, copies of weights, affine, bias,
+    # a number for each row at each site, the input.
+    numbers = 16 * length * rows * hidden + (2 + 4) * rows * hidden + 4 * hidden * hidden + 18 * hidden
+    assert counted.bytes == 4 * (numbers + 3 * length * rows + length * rows * 8)
+    before = graphs.leased_bytes()
+    out.sum().backward()
+    assert graphs.leased_bytes() < before
 
 
 def trained(norm: str, steps: int, masked: bool = False) -> list[Tensor]:

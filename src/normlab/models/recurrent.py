@@ -204,9 +204,9 @@ class Recurrent(nn.RNNBase):
         """
         if self.backend == "reference":
             return "reference", "asked for"
-        if self._fused():
-            return "fused", "every site is bare"
         there = torch.device(device)
+        if self._fused(there):
+            return "fused", "every site is bare"
         suffix = self._suffixes()[0]
         norms, weights = self._site_norms(suffix), self._weights(suffix)
         like = torch.empty(1, 1, 1, dtype=weights.hidden.dtype, device="meta")
@@ -222,8 +222,13 @@ class Recurrent(nn.RNNBase):
         """Whether the C kernels serve its norms, where its backend is "fast"."""
         return self.fast.on_kernels(self._site_norms(self._suffixes()[0]))
 
-    def _fused(self) -> bool:
-        return self.backend == "auto" and self.bare and not self.recompute
+    def _fused(self, device: torch.device) -> bool:
+        """Whether torch's own layer takes a call."""
+        if self.backend != "auto" or not self.bare or self.recompute:
+            return False
+        # Under autocast to bfloat16 torch's own would run in float16 there, whose gradients nothing scales.
+        is_half = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+        return not is_half or torch.get_autocast_dtype("cuda") != torch.bfloat16
 
     def _never_fast(self) -> str:
         if self.recompute and not self.fast.RECOMPUTES:
@@ -257,7 +262,7 @@ class Recurrent(nn.RNNBase):
             state = None if hx is None else self._restate(hx, lambda x: x.unsqueeze(1), 1)
             out, state = self.forward(input.unsqueeze(batch_dim), state)
             return cast(Tensor, out).squeeze(batch_dim), self._restate(state, lambda x: x.squeeze(1), 1)
-        if self._fused() and (lengths is None or bool((lengths > 0).all())):
+        if self._fused(input.device) and (lengths is None or bool((lengths > 0).all())):
             return self._forward_fused(input, hx, lengths)
         if hx is not None:
             self.check_forward_args(input, self._plain(hx), None)
@@ -268,7 +273,7 @@ class Recurrent(nn.RNNBase):
     def _forward_packed(self, packed: PackedSequence, hx: Any) -> tuple[PackedSequence, RecurrentState]:
         x_TBF, lengths = pad_packed_sequence(packed)
         lengths = lengths.to(x_TBF.device)
-        if self._fused():
+        if self._fused(x_TBF.device):
             out, last = super().forward(packed, self._plain(hx))
             return out, self._state(last, self._first_step(hx, x_TBF.shape[1], x_TBF.device) + lengths)
         out_TBP, state = self._forward_layers(x_TBF, hx, lengths)

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T time.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 import time
@@ -20,17 +21,22 @@ from normlab.models.recurrent import Recurrent
 from normlab.norms.base import GatheredPenalties
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
 from normlab.probes.sites import on_reference
+from normlab.recurrence.graphs import leased_bytes, release
 
 __all__ = ["Cost", "SavedBytes"]
 
 
 class SavedBytes:
-    """Counts what autograd keeps for backward while the context is open: each storage once, `apart` left out."""
+    """Counts what is kept for backward while the context is open: each storage once, `apart` left out.
+
+    `bytes` is complete once it is closed.
+    """
 
     def __init__(self, apart: list[Tensor]) -> None:
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in apart}
         self._kept: list[Tensor] = []
         self.bytes = 0
+        self._leased = leased_bytes()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -47,6 +53,7 @@ class SavedBytes:
 
     def __exit__(self, *exception: object) -> None:
         self._hooks.__exit__(*exception)
+        self.bytes += leased_bytes() - self._leased
         self._kept.clear()
 
 
@@ -75,6 +82,9 @@ class Cost(Probe):
         optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
         on_gpu = subject.device.type == "cuda"
         if on_gpu:
+            # What training or another model left behind is none of this one's.
+            release()
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
         taken = subject.batches("train", self.steps + 1, train=True)
         batches = list(itertools.islice(itertools.cycle(taken), self.steps + 1))
@@ -82,8 +92,9 @@ class Cost(Probe):
         allocated = torch.cuda.max_memory_allocated() if on_gpu else 0
         # Counted in a step of its own: counting takes time.
         with SavedBytes([*parameters, *buffers]) as counted:
-            prediction_nats(model(*taken[0].model_inputs()).logits, taken[0]).mean()
-            saved = counted.bytes
+            loss = prediction_nats(model(*taken[0].model_inputs()).logits, taken[0]).mean()
+        saved = counted.bytes
+        del loss
         own, states = _bytes(parameters), [v for s in optimizer.state.values() for v in s.values()]
         peak = 2 * own + _bytes(buffers) + _bytes([v for v in states if isinstance(v, Tensor)]) + saved
         summary = {

@@ -13,14 +13,15 @@ import itertools
 import logging
 import os
 import threading
+import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Lease", "Tape", "TapeShape", "held", "needed_again", "one_at_a_time", "release"]
+__all__ = ["Lease", "Tape", "TapeShape", "held", "leased_bytes", "needed_again", "one_at_a_time", "release"]
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +117,7 @@ class _Graphs:
 
 
 _calls = itertools.count()
+_leases: weakref.WeakSet[Lease[Any]] = weakref.WeakSet()
 _graphs: OrderedDict[tuple[Any, Any], _Graphs] = OrderedDict()
 """By kind of tape and shape, the latest last."""
 one_at_a_time = threading.RLock()
@@ -128,6 +130,7 @@ class Lease(Generic[AnyTape]):
     _home: _Graphs | None = None
 
     def __init__(self, kind: Callable[[Any], AnyTape], shape: TapeShape) -> None:
+        _leases.add(self)
         with one_at_a_time:
             home = _home(kind, shape) if _with_graphs(shape.device) else None
             if home is not None and home.idle:
@@ -146,6 +149,27 @@ class Lease(Generic[AnyTape]):
 def held() -> int:
     """How many captured sequences there are, those in use among them."""
     return sum(graphs.captured for graphs in _graphs.values())
+
+
+def leased_bytes() -> int:
+    """Memory of the tapes of calls that can still be asked for their backward: no hook of autograd's sees them."""
+    storages = {
+        storage.data_ptr(): storage for lease in list(_leases) for storage in _storages(getattr(lease, "tape", None))
+    }
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _storages(part: Any) -> Iterator[torch.UntypedStorage]:
+    """Of the tensors of a tape, its memory of backward aside."""
+    if isinstance(part, torch.Tensor):
+        yield part.untyped_storage()
+    elif isinstance(part, tuple):
+        for inner in part:
+            yield from _storages(inner)
+    elif hasattr(part, "__dict__"):
+        for name, inner in vars(part).items():
+            if name != "gradients":
+                yield from _storages(inner)
 
 
 def release() -> None:
@@ -212,14 +236,18 @@ def _record(launch: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGrap
     graph = torch.cuda.CUDAGraph()
     # The outer one because a failed capture leaves its own stream the current one; "thread_local" because other
     # threads, such as those that load data, go on using the GPU.
-    here = torch.cuda.stream(torch.cuda.current_stream())
-    side = _side_stream(torch.cuda.current_device())
+    stream = torch.cuda.current_stream()
+    here, side = torch.cuda.stream(stream), _side_stream(torch.cuda.current_device(), stream.cuda_stream)
     with here, torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         launch()
     return graph
 
 
 @functools.cache
-def _side_stream(device: int) -> torch.cuda.Stream:
-    """Where launches are recorded. That of `torch.cuda.graph` is on the GPU that had the first capture, for ever."""
+def _side_stream(device: int, of: int) -> torch.cuda.Stream:
+    """Where the launches of one stream are recorded.
+
+    That of `torch.cuda.graph` is on the GPU that had the first capture, for ever. One for each, since cuBLAS has a
+    workspace per stream, which graphs recorded on one stream but replayed on two would write to at the same time.
+    """
     return torch.cuda.Stream(device)

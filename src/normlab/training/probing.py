@@ -14,6 +14,7 @@ from torch import nn
 
 from normlab.config import DataConfig, InputError
 from normlab.data.prepared import PreparedText, prepare
+from normlab.machine.precision import cudnn_as_cublas
 from normlab.probes.base import Measurement, Probe, Subject, build_probe
 from normlab.records.disk import to_json, write_atomically
 from normlab.records.environment import collect_environment
@@ -52,6 +53,7 @@ def open_run(
 
     model = checkpoint("final")
     if record.config.training.accelerator != "cpu" and torch.cuda.is_available():
+        cudnn_as_cublas()
         model.to("cuda")
     return record, Subject(record.id, record.config, text, model, checkpoint)
 

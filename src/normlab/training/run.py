@@ -26,6 +26,7 @@ from normlab.config import HuggingFaceConfig, InputError, RunConfig, run_id
 from normlab.data.corpora import require_corpus
 from normlab.data.prepared import PreparedText, prepare
 from normlab.machine import products
+from normlab.machine.precision import cudnn_as_cublas
 from normlab.machine.processes import Place, ProcessError, place_in_run
 from normlab.machine.terminal import PlainConsole
 from normlab.models.huggingface import require_architecture
@@ -223,6 +224,7 @@ class _Run:
         self.trainer._signal_connector.register_signal_handlers = lambda: None
         self.datamodule.trainer = self.trainer
         if self.accelerator == "gpu":
+            cudnn_as_cublas()
             torch.cuda.reset_peak_memory_stats()
         output = self.config.output if self.place.is_first else dataclasses.replace(self.config.output, wandb="off")
         self.mirror = WandbMirror.start(dataclasses.replace(self.config, output=output), self.record.folder, self._say)
@@ -367,6 +369,8 @@ class _Run:
         environment["data"] = data_facts(self.text, self.config)
         environment["sites"] = site_facts(self.module)
         environment["threads"] = torch.get_num_threads()
+        if self.accelerator == "gpu":
+            environment["tf32"] = torch.backends.cudnn.allow_tf32
         recurrence = recurrence_facts(self.module, self.trainer)
         if recurrence:
             environment["recurrence"] = recurrence
