@@ -92,8 +92,11 @@ BACKENDS = {
     "eager": "eager loop",
     "jit": "torch.jit loop",
     "compiled": "torch.compile cell",
+    "torch-bf16": "torch's own in bfloat16",
 }
-UNASKED = ("fast", "fast-without-compiler", "eager", "jit")
+OTHERS = ("jit", "compiled", "torch-bf16")
+"""Not this project's: one that fails is left out."""
+UNASKED = ("fast", "fast-without-compiler", "eager", "jit", "torch-bf16")
 PROFILE_ROUNDS = 3
 NO_COMPILER = "the bench leaves the kernels out"
 
@@ -130,7 +133,8 @@ def main(arguments: Sequence[str]) -> None:
             def say(text: str, part: str = part, task: Any = task) -> None:
                 progress.update(task, description=f"{part}: {text}", refresh=True)
 
-            conditions = Conditions("bench_recurrence.py", arguments, options.devices)
+            gpus = [torch.cuda.get_device_name()] if "cuda" in options.devices else []
+            conditions = Conditions("bench_recurrence.py", arguments, gpus)
             rows = []
             for row in {"table": table, "sweep": sweep, "profile": profiles, "cells": cells}[part](options, say):
                 rows.append(row)
@@ -213,7 +217,10 @@ def table(options: argparse.Namespace, say: Say) -> Iterator[Row]:
     """Every norm and backend at every shape."""
     for device in options.devices:
         pairs = [
-            (norm, backend) for norm in options.norms for backend in options.backends if exists(norm, backend, device)
+            (norm, backend)
+            for norm in options.norms
+            for backend in options.backends
+            if exists(norm, backend, device, options.precision)
         ]
         for each in options.shapes:
             yield from measured(each, pairs, device, options.precision, options.seconds, say)
@@ -252,7 +259,7 @@ def profiles(options: argparse.Namespace, say: Say) -> Iterator[Row]:
             yield row | profile(step_of(lstm, x_TBI, "fp32"), PROFILE_ROUNDS)
 
 
-def exists(norm: str, backend: str, device: str) -> bool:
+def exists(norm: str, backend: str, device: str, precision: str) -> bool:
     """Whether there is such a variant; a bare LSTM has no peers but torch's own."""
     match backend:
         case "fast-without-compiler":
@@ -261,7 +268,15 @@ def exists(norm: str, backend: str, device: str) -> bool:
             return norm in PEER_NORMS
         case "eager":
             return norm != "none"
+        case "torch-bf16":
+            return norm == "none" and in_half(device, precision)
     return True
+
+
+def in_half(device: str, precision: str) -> bool:
+    """Whether torch's own layer is measured in float16: its autocast to bfloat16 is one to that on a GPU, and casts the
+    weights anew each time."""
+    return device == "cuda" and precision == "bf16"
 
 
 def measured(
@@ -280,13 +295,14 @@ def measured(
     say(f"{where}, warming up")
     torch.manual_seed(0)
     x_TBI = torch.randn(length, batch, hidden, device=device, requires_grad=True)
-    base = step_of(CELLS[cell][0](hidden, hidden, device=device), x_TBI, precision)
+    base = torchs_own(cell, x_TBI, precision, torch.float16 if in_half(device, precision) else None)
     variants = {pair: variant(*pair, x_TBI, precision, cell) for pair in pairs}
-    steps = {pair: step for pair, (step, _) in variants.items()}
+    steps = {pair: step for pair, (step, _) in variants.items() if works(*pair, step, where)}
     found = paired(base, steps, device, seconds, lambda rounds: say(f"{where}, {rounds} pairs"))
     for (norm, backend), timings in found.items():
         row = {"device": device, "cell": cell, "batch": batch, "length": length, "hidden": hidden, "norm": norm}
         row |= {"backend": backend, "engine": variants[norm, backend][1]} | summary(timings)
+        row |= {"base_precision": "fp16"} if in_half(device, precision) else {}
         yield row if device == "cpu" else row | {"graphs": graphs.held()}
 
 
@@ -295,6 +311,8 @@ def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str, cell: 
     (length, _, hidden), device = x_TBI.shape, x_TBI.device
     kind = "reference" if backend == "eager" else "fast"
     lstm = CELLS[cell][1](hidden, hidden, norm=norm, backend=kind, device=device)
+    if backend == "torch-bf16":
+        return torchs_own(cell, x_TBI, precision, torch.bfloat16), "torch"
     if backend == "jit":
         return step_of(peer(lstm, norm, length, "jit"), x_TBI, precision), "torch.jit.script"
     if backend == "compiled":
@@ -302,7 +320,10 @@ def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str, cell: 
     step = step_of(lstm, x_TBI, precision)
     if backend != "fast-without-compiler":
         with autocast(device.type, precision):
-            return step, ": ".join(lstm.backend_choice(device.type))
+            choice = lstm.backend_choice(device.type)
+        if device.type == "cuda" and choice[0] != kind:
+            raise InputError(f"{norm} on a GPU is the {choice[0]} here ({choice[1]}); leave it out, or --devices cpu")
+        return step, ": ".join(choice)
 
     def without_kernels() -> None:
         with kernels.left_out(NO_COMPILER):
@@ -310,6 +331,26 @@ def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str, cell: 
 
     with kernels.left_out(NO_COMPILER):
         return without_kernels, ": ".join(lstm.backend_choice(device.type))
+
+
+def torchs_own(cell: str, x_TBI: torch.Tensor, precision: str, dtype: torch.dtype | None) -> Step:
+    """A training step of torch's own layer, all in `dtype` if that is given."""
+    layer = CELLS[cell][0](x_TBI.shape[2], x_TBI.shape[2], device=x_TBI.device, dtype=dtype)
+    if dtype is None:
+        return step_of(layer, x_TBI, precision)
+    return step_of(layer, x_TBI.detach().to(dtype).requires_grad_(), "fp32")
+
+
+def works(norm: str, backend: str, step: Step, where: str) -> bool:
+    """Whether a variant that is not this project's takes a step here; if not, says so."""
+    if backend in OTHERS:
+        try:
+            step()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"{where}, {norm}: {BACKENDS[backend]} is left out, it fails: {reason}", file=sys.stderr)
+            return False
+    return True
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
@@ -342,9 +383,10 @@ def line(row: Row) -> str:
     if "parts" in row:
         return f"{start} {'; '.join(f'{name} {text}' for name, text in zip(PARTS, shares(row), strict=True))}"
     low, high = row["quartiles"]
+    graphs = f"  {row['graphs']} graphs" if "graphs" in row else ""
     return (
         f"{start} {row['backend']:22} {row['ratio']:5.2f} ({low:.2f} to {high:.2f})  cpu {row['cpu_ratio']:.2f}"
-        f"  {milliseconds(row['seconds']):>8}  {row['pairs']} pairs"
+        f"  {milliseconds(row['seconds']):>8}  {row['pairs']} pairs  {row['engine']}{graphs}"
     )
 
 
@@ -399,6 +441,7 @@ def show(console: Console, result: Mapping[str, Any]) -> None:
 def ratios_block(part: Mapping[str, Any]) -> str:
     """The block `bench` of the README, and `cells` of docs/speed.md."""
     precision = f", {part['precision']}" + ", TF32 allowed" * part["tf32"]
+    precision += ", torch's own in fp16" * any("base_precision" in row for row in part["rows"])
     return (
         f"{markdown_table(*ratios(part, quartiles=True))}\n\n{sentence(part)} Training steps{precision}: the median "
         "over pairs with torch's own layer, quartiles in parentheses."

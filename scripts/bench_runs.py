@@ -141,7 +141,7 @@ def measured(arguments: Sequence[str], options: argparse.Namespace, cores: int) 
 def measured_on(
     text: Path, arguments: Sequence[str], options: argparse.Namespace, cores: int, gpus: Sequence[Gpu]
 ) -> dict[str, Any]:
-    conditions = Conditions("bench_runs.py", arguments, [])
+    conditions = Conditions("bench_runs.py", arguments, [gpu.model for gpu in gpus if gpu.model])
     steps, fewest = (2, 1) if options.quick else (options.steps, FEWEST_PAIRS)
     runs = families(steps, "gpu" if gpus else "cpu", text)
     usual = next(iter(WAYS))
@@ -202,6 +202,8 @@ def wave(way: Way, config: RunConfig, at_once: int, gpus: Sequence[Gpu]) -> tupl
                 for ended in engine.ended():
                     if not ended.job.is_done():
                         raise InputError(f"{ended.job.id}: {ended.reason or 'it left no result'}")
+                    if way.together > 1 and "stacked" not in ended.job.record.environment():
+                        raise InputError(f"{ended.job.id} was trained by itself, not stacked; leave out that way")
             return len(jobs), time.perf_counter() - began
 
 

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def measured(arguments: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
     """The result; its rows are printed as they come."""
-    conditions = Conditions("bench_transformer.py", arguments, ["cpu"])
+    conditions = Conditions("bench_transformer.py", arguments)
     chosen = products.choice()
     print(f"oneDNN's products: {', '.join(sorted(chosen.onednn)) or 'none'} ({chosen.reason})", flush=True)
     rows = []

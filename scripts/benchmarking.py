@@ -97,11 +97,11 @@ def spread(values: Iterator[float]) -> tuple[float, list[float]]:
 
 
 class Conditions:
-    """What a measurement ran on and with; begun before it, asked after it."""
+    """What a measurement ran on and with; begun before it, asked after it. `gpus`: their names."""
 
-    def __init__(self, script: str, arguments: Sequence[str], devices: Sequence[str]) -> None:
+    def __init__(self, script: str, arguments: Sequence[str], gpus: Sequence[str] = ()) -> None:
         self._command = shlex.join(["python", f"scripts/{script}", *arguments])
-        self._environment = _environment(tuple(devices))
+        self._environment = _environment(tuple(gpus))
         self._load = os.getloadavg()[0]
 
     def as_dict(self) -> dict[str, Any]:
@@ -117,9 +117,9 @@ class Conditions:
 
 
 @functools.cache
-def _environment(devices: tuple[str, ...]) -> dict[str, Any]:
+def _environment(gpus: tuple[str, ...]) -> dict[str, Any]:
     """Taken once: what a bench writes must not make its next part one of a changed checkout."""
-    return collect_environment([torch.cuda.get_device_name(device) for device in devices if device != "cpu"])
+    return collect_environment(gpus)
 
 
 def sentence(conditions: Mapping[str, Any]) -> str:

@@ -136,6 +136,30 @@ def test_a_result_that_is_none_is_one_line_and_stays(
     assert result.read_text() == content
 
 
+def test_a_peer_that_fails_is_left_out_and_half_precision_is_said(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+):
+    class Failing(torch.nn.Module):
+        def forward(self, x_TBI: torch.Tensor) -> None:
+            raise RuntimeError("no fuser\nhere")
+
+    bench, result = scripts["bench_recurrence"], tmp_path / "bench.json"
+    monkeypatch.setattr(bench, "peer", lambda *_: Failing())
+    monkeypatch.setattr(bench, "in_half", lambda *_: True)
+    bench.main(["--table", "--shapes", "2,3,4", "--seconds", "0", "--devices", "cpu", "--result", str(result)])
+    found = json.loads(result.read_text())["table"]
+    kinds = {(row["norm"], row["backend"]) for row in found["rows"]}
+    assert {("none", "torch-bf16"), ("none", "fast"), ("ln", "fast")} <= kinds
+    assert not any(backend == "jit" for _, backend in kinds)
+    assert all(row["base_precision"] == "fp16" for row in found["rows"])
+    assert "torch's own in fp16" in bench.ratios_block(found)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(" is left out")[0] for line in said] == [
+        f"cpu lstm 2 x 3 x 4, {norm}: torch.jit loop" for norm in ("ln", "bn_step")
+    ]
+    assert said[0].endswith("RuntimeError: no fuser here")
+
+
 def test_a_block_is_filled_between_its_markers(scripts: dict[str, ModuleType]):
     page = "a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb <!-- y: begin -->\n<!-- y: end -->\n"
     new = scripts["benchmarking"].filled(page, "x", "| new |")
@@ -167,7 +191,7 @@ class InstantEngine:
     waves: ClassVar[list[tuple[int, list[int]]]] = []
 
     def __init__(self, size: int, *_: object, fails: str = "") -> None:
-        self.size, self.fails, self.jobs = size, fails, []
+        self.size, self.fails, self.jobs, self.together = size, fails, [], False
 
     def __enter__(self) -> InstantEngine:
         return self
@@ -177,6 +201,7 @@ class InstantEngine:
     def start(self, groups: list[list[Job]]) -> None:
         self.waves.append((self.size, [len(group) for group in groups]))
         self.jobs = [job for group in groups for job in group]
+        self.together = len(groups[0]) > 1
 
     def ended(self) -> list[Ended]:
         over, self.jobs = self.jobs, []
@@ -184,6 +209,8 @@ class InstantEngine:
             if not self.fails:
                 record = RunRecord.create(job.config)
                 record.start()
+                if self.together:
+                    record.write_environment({"stacked": 3})
                 record.finish(Outcome("finished"))
         return [Ended(job, self.fails) for job in over]
 
@@ -212,6 +239,21 @@ def test_runs_per_hour_of_each_way(scripts: dict[str, ModuleType], monkeypatch: 
     assert lines[0] == "| run | each is | 1 x 2 | 2 x 1 | 4 x 1 |"
     hourly = f"{found['rows'][3]['runs_per_hour']:,.0f}"
     assert lines[3] == f"| {families[0]} | stacked 3 | – | {hourly} | – |"
+
+
+def test_runs_that_were_not_stacked_do_not_count_as_such(
+    scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    class Singly(InstantEngine):
+        def start(self, groups: list[list[Job]]) -> None:
+            super().start(groups)
+            self.together = False
+
+    bench = scripts["bench_runs"]
+    monkeypatch.setattr(bench, "WAYS", {"stacked 3": bench.Way(Singly, together=3)})
+    monkeypatch.setattr(bench, "available_cores", lambda: 2)
+    with pytest.raises(bench.InputError, match="not stacked"):
+        bench.main(["--quick", "--result", str(tmp_path / "bench.json")])
 
 
 def test_a_run_that_fails_ends_the_measurement(
