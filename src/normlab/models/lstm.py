@@ -55,10 +55,11 @@ class LSTM(Recurrent, nn.LSTM):
         sites: what stands at each site; None puts `norm` at all of them.
         causal: outputs must not depend on later inputs, in training either. False lets statistics of the input
             projection pool over time by default (batch norms and `inorm`).
-        backend: "auto" takes torch's fused kernel if every site is bare, else "fast"; "fast" (none, ln, rms, gn with
-            pool="token", bn, bn_step, in float32 or float64 on a CPU, on a GPU under autocast to bfloat16 too) equals
-            the plain loop within rounding and leaves to it what it can not do; "reference" is always the plain loop,
-            which alone differentiates twice.
+        backend: "auto" takes torch's fused kernel if every site is bare (on a GPU not under autocast to bfloat16, which
+            that would take for one to float16), else "fast"; "fast" (none, ln, rms, gn with pool="token", bn, bn_step,
+            in float32 or float64 on a CPU, on a GPU under autocast to bfloat16 too) equals the plain loop within
+            rounding and leaves to it what it can not do; "reference" is always the plain loop, which alone
+            differentiates twice.
         recompute: save memory in training on long sequences: backward takes gates and normalized values anew, a segment
             of the sequence at a time, and little more than the outputs is kept (recurrence/fast.py says how much).
             "auto" then never takes torch's fused kernel, which keeps everything.
