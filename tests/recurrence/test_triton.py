@@ -410,6 +410,14 @@ class TestOnAGpu:
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
 
+    def test_a_bare_model_in_bfloat16_is_none_in_float16(self) -> None:
+        lstm, x = LSTM(8, 16, device=DEVICE), torch.full((3, 2, 8), 1e6, device=DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            assert lstm.backend_choice(DEVICE.type)[0] == "fast"
+            out = lstm(x)[0]
+        assert out.dtype == torch.float32
+        assert out.isfinite().all()
+
     @pytest.mark.parametrize("norm", ["ln", "bn_step"])
     def test_a_large_layer_in_float32(self, norm: str) -> None:
         weights, norms = build((norm,) * 3, 100, 1000, bias=True, affine=True, seed=0)

@@ -21,7 +21,7 @@ from normlab.models.recurrent import Recurrent
 from normlab.norms.base import GatheredPenalties
 from normlab.probes.base import Measurement, Probe, Row, Subject, prediction_nats
 from normlab.probes.sites import on_reference
-from normlab.recurrence.graphs import leased_bytes, release
+from normlab.recurrence import graphs
 
 __all__ = ["Cost", "SavedBytes"]
 
@@ -36,7 +36,7 @@ class SavedBytes:
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in apart}
         self._kept: list[Tensor] = []
         self.bytes = 0
-        self._leased = leased_bytes()
+        self._leased = graphs.leased_bytes()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class SavedBytes:
 
     def __exit__(self, *exception: object) -> None:
         self._hooks.__exit__(*exception)
-        self.bytes += leased_bytes() - self._leased
+        self.bytes += graphs.leased_bytes() - self._leased
         self._kept.clear()
 
 
@@ -83,7 +83,7 @@ class Cost(Probe):
         on_gpu = subject.device.type == "cuda"
         if on_gpu:
             # What training or another model left behind is none of this one's.
-            release()
+            graphs.release()
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
         taken = subject.batches("train", self.steps + 1, train=True)
