@@ -383,10 +383,10 @@ def line(row: Row) -> str:
     if "parts" in row:
         return f"{start} {'; '.join(f'{name} {text}' for name, text in zip(PARTS, shares(row), strict=True))}"
     low, high = row["quartiles"]
-    graphs = f"  {row['graphs']} graphs" if "graphs" in row else ""
+    held = f"  {row['graphs']} graphs" if "graphs" in row else ""
     return (
         f"{start} {row['backend']:22} {row['ratio']:5.2f} ({low:.2f} to {high:.2f})  cpu {row['cpu_ratio']:.2f}"
-        f"  {milliseconds(row['seconds']):>8}  {row['pairs']} pairs  {row['engine']}{graphs}"
+        f"  {milliseconds(row['seconds']):>8}  {row['pairs']} pairs  {row['engine']}{held}"
     )
 
 

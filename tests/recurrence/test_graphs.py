@@ -73,11 +73,22 @@ def test_of_many_lengths_a_few_are_captured_once(records: list[Any]) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2, 4])
 def test_a_new_model_takes_the_place_of_one_that_is_gone(records: list[Any], layers: int) -> None:
+    leases: list[Any] = []
     for model in range(2 * MOST_GRAPHS):
-        for _ in range(CALLS_TO_DISPLACE):
-            leases = [Lease(EmptyTape, Shape(model)) for _ in range(layers)]
+        for _ in range(CALLS_TO_DISPLACE + 1):
+            leases.clear()
+            leases += [Lease(EmptyTape, Shape(model)) for _ in range(layers)]
         assert all(lease.tape.backward_graph for lease in leases)
         assert graphs.held() <= MOST_GRAPHS
+
+
+def test_a_short_evaluation_leaves_training_its_graphs(records: list[Any]) -> None:
+    for _ in range(20):
+        for _ in range(3):
+            _ = [Lease(EmptyTape, Shape(1)) for _ in range(MOST_GRAPHS)]
+        for _ in range(CALLS_TO_DISPLACE * MOST_GRAPHS - 1):
+            Lease(EmptyTape, Shape(1, kept=False))
+    assert len(records) == 2 * MOST_GRAPHS
 
 
 def test_many_waiting_calls_leave_the_others_theirs(records: list[Any]) -> None:

@@ -33,8 +33,9 @@ MOST_SHAPES = 64
 CALLS_UNTIL_FORGOTTEN = 2000
 """A shape that has not been called for so many calls of others loses its graphs."""
 CALLS_TO_DISPLACE = 20
-"""When there are `MOST_GRAPHS`: calls of one shape, with none of another in between, after which that one loses its
-graphs to it. A hundred lengths in random order did not do so once in 900,000 calls."""
+"""When there are `MOST_GRAPHS`: for each graph of a shape, calls of another one, with none of its own in between, after
+which it loses them to that. Recording one again takes as long as some 5 calls without, so that what is lost where two
+shapes take turns stays small. A hundred lengths in random order did not do so once in 900,000 calls."""
 MOST_TO_DISPLACE = 4
 """Captured sequences of one shape with which it takes no more from others: two layers in both directions have so many,
 calls with one time step each, which wait for backward together, would take all."""
@@ -110,7 +111,7 @@ class _Graphs:
 
     idle: list[Any] = field(default_factory=list)
     calls: int = 0
-    latest: deque[int] = field(default_factory=lambda: deque(maxlen=CALLS_TO_DISPLACE))
+    latest: deque[int] = field(default_factory=lambda: deque(maxlen=CALLS_TO_DISPLACE * MOST_GRAPHS))
     captured: int = 0
     fails: bool = False
     gradients: Any = None
@@ -205,7 +206,8 @@ def _home(kind: Callable[[Any], Tape], shape: TapeShape) -> _Graphs | None:
     if home.idle or held() < MOST_GRAPHS:
         return home
     key, unused = next((key, graphs) for key, graphs in _graphs.items() if graphs.captured)
-    often = len(home.latest) == CALLS_TO_DISPLACE and home.latest[0] > unused.latest[-1]
+    needed = CALLS_TO_DISPLACE * unused.captured
+    often = len(home.latest) >= needed and home.latest[-needed] > unused.latest[-1]
     if not often or home.captured >= MOST_TO_DISPLACE:
         return None
     del _graphs[key]
