@@ -70,7 +70,6 @@ RESULT = ROOT / "results" / "bench_recurrence.json"
 FIGURE = ROOT / "docs" / "bench_recurrence.png"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "speed.md"
 PARTS_OF_RESULT = ("table", "sweep", "profile", "cells")
-ROW_KEYS = ("device", "cell", "batch", "length", "hidden", "norm")
 
 SHAPES = ((32, 100, 256), (64, 100, 512), (32, 35, 650), (20, 100, 1000))
 SWEEP_BATCH, SWEEP_HIDDEN, SWEEP_LENGTH = 32, 256, 50
@@ -139,6 +138,10 @@ def main(arguments: Sequence[str]) -> None:
             for row in {"table": table, "sweep": sweep, "profile": profiles, "cells": cells}[part](options, say):
                 rows.append(row)
                 console.print(line(row), highlight=False, soft_wrap=True)
+            if not rows:
+                raise InputError(
+                    f"{part}: none of {', '.join(options.backends)} is there or works; name other --backends"
+                )
             precision = "fp32" if part == "profile" else options.precision
             facts = {"precision": precision, "tf32": options.tf32, "compiler": kernels.compiler() is not None}
             result[part] = {**conditions.as_dict(), **facts, "rows": rows}
@@ -156,14 +159,16 @@ def earlier(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is none of this bench as it is now.
     """
-    found = {part: value for part, value in read_json(path).items() if part in PARTS_OF_RESULT}
-    for part, value in found.items():
-        absent = sorted({key for row in value["rows"] for key in ROW_KEYS if key not in row})
-        if absent:
-            raise InputError(
-                f"{path.name} is of an earlier bench: rows of {part} lack {', '.join(absent)}; "
-                "move it away, or name another --result"
-            )
+    telling = {"table": ratios_block, "sweep": figure, "profile": profile_block, "cells": ratios_block}
+    try:
+        found = {part: value for part, value in read_json(path).items() if part in PARTS_OF_RESULT}
+        for part, value in found.items():
+            telling[part](value)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path.name} is no result of this bench as it is now ({type(error).__name__}: {error}); move it away, or "
+            "name another --result"
+        ) from None
     return found
 
 
@@ -296,14 +301,28 @@ def measured(
     torch.manual_seed(0)
     x_TBI = torch.randn(length, batch, hidden, device=device, requires_grad=True)
     base = torchs_own(cell, x_TBI, precision, torch.float16 if in_half(device, precision) else None)
-    variants = {pair: variant(*pair, x_TBI, precision, cell) for pair in pairs}
-    steps = {pair: step for pair, (step, _) in variants.items() if works(*pair, step, where)}
+    variants = {pair: made for pair in pairs if (made := working_variant(*pair, x_TBI, precision, cell))}
+    steps = {pair: step for pair, (step, _) in variants.items()}
     found = paired(base, steps, device, seconds, lambda rounds: say(f"{where}, {rounds} pairs"))
     for (norm, backend), timings in found.items():
         row = {"device": device, "cell": cell, "batch": batch, "length": length, "hidden": hidden, "norm": norm}
         row |= {"backend": backend, "engine": variants[norm, backend][1]} | summary(timings)
         row |= {"base_precision": "fp16"} if in_half(device, precision) else {}
         yield row if device == "cpu" else row | {"graphs": graphs.held()}
+
+
+def working_variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str, cell: str) -> tuple[Step, str] | None:
+    """As `variant`; None for one of `OTHERS` that can not be built here, or takes no step, which is said."""
+    if backend not in OTHERS:
+        return variant(norm, backend, x_TBI, precision, cell)
+    try:
+        made = variant(norm, backend, x_TBI, precision, cell)
+        made[0]()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        print(f"{norm}: {BACKENDS[backend]} is left out, it fails: {reason}", file=sys.stderr)
+        return None
+    return made
 
 
 def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str, cell: str) -> tuple[Step, str]:
@@ -339,18 +358,6 @@ def torchs_own(cell: str, x_TBI: torch.Tensor, precision: str, dtype: torch.dtyp
     if dtype is None:
         return step_of(layer, x_TBI, precision)
     return step_of(layer, x_TBI.detach().to(dtype).requires_grad_(), "fp32")
-
-
-def works(norm: str, backend: str, step: Step, where: str) -> bool:
-    """Whether a variant that is not this project's takes a step here; if not, says so."""
-    if backend in OTHERS:
-        try:
-            step()
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            print(f"{where}, {norm}: {BACKENDS[backend]} is left out, it fails: {reason}", file=sys.stderr)
-            return False
-    return True
 
 
 def autocast(device: str, precision: str) -> torch.autocast:

@@ -65,7 +65,7 @@ def paired(
             step()
     pairs: dict[Key, list[Pair]] = {key: [] for key in variants}
     began, rounds = time.monotonic(), 0
-    while rounds < FEWEST_PAIRS or time.monotonic() - began < seconds:
+    while variants and (rounds < FEWEST_PAIRS or time.monotonic() - began < seconds):
         for key, step in variants.items():
             pairs[key].append(Pair(*timed(base, device), *timed(step, device)))
         rounds += 1

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -67,13 +67,15 @@ def test_a_small_run(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench, "HIDDENS", (4, 8))
     monkeypatch.setattr(bench, "CELL_SHAPES", ((3, 4, 8),))
     result = tmp_path / "bench.json"
-    threads = torch.get_num_threads()
+    threads, released = torch.get_num_threads(), []
+    monkeypatch.setattr(bench.graphs, "release", lambda: released.append(True))
     try:
         bench.main(
             ["--shapes", "3,4,8", "--seconds", "0", "--devices", "cpu", "--result", str(result), "--threads", "1"]
         )
     finally:
         torch.set_num_threads(threads)
+    assert len(released) == 1 + 4 + 2  # each shape of table, sweep, cells begins without the graphs of another
     found = json.loads(result.read_text())
     kinds = {(row["norm"], row["backend"]) for row in found["table"]["rows"]}
     assert {("none", "fast"), ("ln", "fast"), ("ln", "eager"), ("bn_step", "jit")} <= kinds
@@ -121,7 +123,7 @@ def test_an_interrupted_run_is_one_line_and_leaves_whole_parts(
 
 
 @pytest.mark.parametrize(
-    "content", ["{", '{"table": {"rows": [{"device": "cpu", "batch": 2, "length": 3, "hidden": 4, "norm": "ln"}]}}']
+    "content", ["{", "[]", '{"table": []}', '{"cells": {"rows": [{"device": "cpu", "norm": "ln", "backend": "fast"}]}}']
 )
 def test_a_result_that_is_none_is_one_line_and_stays(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys, content: str
@@ -143,8 +145,13 @@ def test_a_peer_that_fails_is_left_out_and_half_precision_is_said(
         def forward(self, x_TBI: torch.Tensor) -> None:
             raise RuntimeError("no fuser\nhere")
 
+    def failing(lstm: torch.nn.Module, norm: str, *_: object) -> torch.nn.Module:
+        if norm == "bn_step":
+            raise RuntimeError("no script\nhere")
+        return Failing()
+
     bench, result = scripts["bench_recurrence"], tmp_path / "bench.json"
-    monkeypatch.setattr(bench, "peer", lambda *_: Failing())
+    monkeypatch.setattr(bench, "peer", failing)
     monkeypatch.setattr(bench, "in_half", lambda *_: True)
     bench.main(["--table", "--shapes", "2,3,4", "--seconds", "0", "--devices", "cpu", "--result", str(result)])
     found = json.loads(result.read_text())["table"]
@@ -153,11 +160,39 @@ def test_a_peer_that_fails_is_left_out_and_half_precision_is_said(
     assert not any(backend == "jit" for _, backend in kinds)
     assert all(row["base_precision"] == "fp16" for row in found["rows"])
     assert "torch's own in fp16" in bench.ratios_block(found)
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(" is left out")[0] for line in said] == [
-        f"cpu lstm 2 x 3 x 4, {norm}: torch.jit loop" for norm in ("ln", "bn_step")
+    assert capsys.readouterr().err.splitlines() == [
+        f"{norm}: torch.jit loop is left out, it fails: RuntimeError: no {what} here"
+        for norm, what in (("ln", "fuser"), ("bn_step", "script"))
     ]
-    assert said[0].endswith("RuntimeError: no fuser here")
+    flags = ["--table", "--shapes", "2,3,4", "--backends", "jit", "--devices", "cpu", "--result", str(result)]
+    with pytest.raises(bench.InputError, match="none of jit is there or works"):
+        bench.main([*flags, "--norms", "ln"])
+    assert json.loads(result.read_text())["table"] == found
+
+
+def test_on_a_gpu_the_plain_loop_is_no_fast_layer(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch):
+    bench = scripts["bench_recurrence"]
+    there = SimpleNamespace(shape=(2, 3, 4), device=torch.device("cuda"))
+    layer = SimpleNamespace(backend_choice=lambda device: ("reference", "Triton is not installed"))
+    monkeypatch.setitem(bench.CELLS, "lstm", (None, lambda *_, **__: layer))
+    with pytest.raises(bench.InputError, match=r"the reference here \(Triton is not installed\)"):
+        bench.variant("ln", "fast", there, "fp32", "lstm")
+    assert bench.variant("ln", "eager", there, "fp32", "lstm")[1] == "reference: Triton is not installed"
+
+
+def test_parts_of_one_measurement_have_one_environment(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch):
+    """What the first part writes makes the checkout a changed one."""
+    benchmarking, asked = scripts["benchmarking"], []
+
+    def collected(gpus: tuple[str, ...]) -> dict[str, object]:
+        asked.append(gpus)
+        return dict.fromkeys(("machine", "cpu", "cores", "platform", "versions", "git"), len(asked))
+
+    monkeypatch.setattr(benchmarking, "collect_environment", collected)
+    benchmarking._environment.cache_clear()
+    found = [benchmarking.Conditions("bench.py", [], ["one"]).as_dict()["git"] for _ in range(2)]
+    benchmarking._environment.cache_clear()
+    assert (found, asked) == ([1, 1], [("one",)])
 
 
 def test_a_block_is_filled_between_its_markers(scripts: dict[str, ModuleType]):

@@ -514,7 +514,7 @@ def cache_of(output: Any) -> dict[str, Any]:
     return {name: output[name]}
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", ["cache", "past_key_values", "cache_params"])
 def test_a_cache_by_any_name_tells_the_time_step(name: str):
     class Cached(nn.Module):
         def __init__(self) -> None:
@@ -529,17 +529,28 @@ def test_a_cache_by_any_name_tells_the_time_step(name: str):
     seen = watch(model)
     cache = DynamicCache()
     cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
-    model(ids(2, 1), **{name: cache})
-    assert seen["norm"][2] == 3
+    for given, step in ((cache, 3), (None, 0), (False, 0), (True, 0), ({}, 0), ([], 0)):
+        model(ids(2, 1), **{name: given})
+        assert seen["norm"][2] == step
+    with pytest.raises(InputError, match="a cache of type dict does not tell"):
+        model(ids(2, 1), **{name: {"of": "its own"}})
 
 
-def test_a_cache_that_does_not_tell_is_refused():
-    model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=8, num_hidden_layers=1, state_size=2))
-    swap_norms(model, "bn")
+@pytest.mark.parametrize("norm", ["bn", "bn_step", "inorm"])
+def test_a_cache_that_does_not_tell_is_refused_where_it_must(norm: str):
+    model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=8, num_hidden_layers=1, state_size=2)).double()
+    swap_norms(model, norm)
+    model(ids(4, 5))
     model.eval()
-    first = model(ids(2, 4), use_cache=True)
+    tokens = ids(2, 5)
+    whole, first = model(tokens).logits, model(tokens[:, :4], use_cache=True)
+    if norm == "bn":  # no entry depends on its time step
+        rest = model(tokens[:, 4:], **cache_of(first)).logits
+        assert torch.allclose(whole[:, 4:], rest, atol=1e-6)
+        assert model.generate(tokens, max_new_tokens=2, do_sample=False).shape == (2, 7)
+        return
     with pytest.raises(InputError, match="use_cache=False"):
-        model(ids(2, 1), **cache_of(first))
+        model(tokens[:, 4:], **cache_of(first))
 
 
 def test_a_norm_over_the_sequence_refuses_a_cache():

@@ -370,6 +370,19 @@ def test_the_models_fields_are_covered_by_their_own_tests():
         assert not missing
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("norm", ["none", "ln"])
+def test_a_run_on_a_gpu_has_one_precision(
+    tiny_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, norm: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # PyTorch's default
+    record = train(tiny_run(model__norm=norm, training__accelerator="gpu"))
+    environment = record.environment()
+    assert (record.outcome().state, environment["tf32"]) == ("finished", False)
+    assert environment["devices"] == [torch.cuda.get_device_name()]
+
+
 def test_a_run_on_a_cpu_leaves_a_gpu_alone(tiny_run: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking CUDA for anything takes memory on the GPU, and fails where the GPU is another program's alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -284,6 +284,24 @@ def test_a_run_that_another_process_ended_meanwhile_stays_as_it_is(tiny_run: Bui
     assert ["stacked" in record.environment() for record in records] == [False, True, True]
 
 
+def test_runs_are_free_again_if_another_of_the_stack_can_not_be_claimed(
+    tiny_run: Build, monkeypatch: pytest.MonkeyPatch
+):
+    records = [RunRecord.create(tiny_run(seed=seed)) for seed in (1, 2)]
+    start = RunRecord.start
+
+    def fails_for_the_second(record: RunRecord) -> None:
+        if record.folder == records[1].folder:
+            raise OSError("no space left")
+        start(record)
+
+    monkeypatch.setattr(RunRecord, "start", fails_for_the_second)
+    text = prepare(records[0].config.data)
+    with pytest.raises(OSError, match="no space"):
+        stacked._advance(text, [(record, {}) for record in records])
+    RunRecord.open(records[0].folder).start()
+
+
 def test_runs_that_have_done_unlike_numbers_of_steps_are_not_stacked(tiny_run: Build):
     config = tiny_run(model="mlp")
     train(at(config, 1, 1e-3), pause_at=3)

@@ -35,12 +35,19 @@ class Stream:
         rows, time: B and T; None where unknown.
         mask_BL: True = real entry; None = no padding.
         readable: False if there is a mask but it does not say what is padding.
+        untold: type of a cache that does not say how many tokens are in it; `past` is 0 then.
     """
 
     def __init__(
-        self, rows: int | None, time: int | None, mask_BL: Tensor | None, past: int = 0, readable: bool = True
+        self,
+        rows: int | None,
+        time: int | None,
+        mask_BL: Tensor | None,
+        past: int = 0,
+        readable: bool = True,
+        untold: str = "",
     ) -> None:
-        self.past, self.readable = past, readable
+        self.past, self.readable, self.untold = past, readable, untold
         self.mask_BL = None if mask_BL is None or bool(mask_BL.all()) else mask_BL
         if mask_BL is not None:
             rows = rows if rows is not None else mask_BL.shape[0]
@@ -131,11 +138,12 @@ class Listener:
             tokens = next((given[name] for name in TOKENS if isinstance(given.get(name), Tensor)), None)
             rows, time = (None, None) if tokens is None else _rows_and_time(tokens)
             readable = mask_BL is not None or not _masked(given)
-            return Stream(rows, time, mask_BL, _cached(given), readable)
+            past, untold = _cached(given)
+            return Stream(rows, time, mask_BL, past, readable, untold)
         if around is None:
             return Stream(None, None, mask_BL, readable=mask_BL is not None or not _masked(given))
         if mask_BL is not None and around.mask_BL is None and around.fits(mask_BL):
-            return Stream(around.rows, around.time, mask_BL, around.past)
+            return Stream(around.rows, around.time, mask_BL, around.past, untold=around.untold)
         return around
 
 
@@ -164,17 +172,18 @@ def _real(given: dict[str, Any]) -> Tensor | None:
     return None
 
 
-def _cached(given: dict[str, Any]) -> int:
-    """Tokens in the cache that the module is given, if it is given one."""
-    cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
-    if cache is None:
-        return 0
-    try:
-        return int(cache.get_seq_length())
-    except (AttributeError, ValueError):  # ValueError: of linear attention and state spaces alone
-        raise InputError(
-            f"cannot tell how many tokens are in a cache of type {type(cache).__name__}; use_cache=False"
-        ) from None
+def _cached(given: dict[str, Any]) -> tuple[int, str]:
+    """Tokens in the cache that the module is given, if it is given one; its type if it does not tell."""
+    for name in CACHES:
+        cache = given.get(name)
+        # A module may mean something else by the word: a switch, or a store of its own that is still empty.
+        if cache is None or isinstance(cache, bool) or (isinstance(cache, dict | list | tuple) and not cache):
+            continue
+        try:
+            return int(cache.get_seq_length()), ""
+        except (AttributeError, ValueError):  # ValueError: of linear attention and state spaces alone
+            return 0, type(cache).__name__
+    return 0, ""
 
 
 class Pooling(NamedTuple):
@@ -241,7 +250,13 @@ class Adapter:
                 f"{self.name} ({norm.name}) pools over tokens and cannot tell padding from this attention mask; give "
                 "the model one of shape batch x time, 1 = real token"
             )
-        if stream is not None and stream.past and (self.pools.training if norm.training else self.pools.evaluation):
+        over_time = self.pools.training if norm.training else self.pools.evaluation
+        if stream is not None and stream.untold and (norm.per_step or over_time):
+            raise InputError(
+                f"{self.name} ({norm.name}) has to know at which time step its input stands, and a cache of type "
+                f"{stream.untold} does not tell how many tokens are in it; use_cache=False"
+            )
+        if stream is not None and stream.past and over_time:
             raise InputError(
                 f"{self.name} ({norm.name}) takes its statistics over the time steps of a sequence, and those before "
                 "are in a cache of keys and values that does not hold them; use_cache=False"

@@ -34,8 +34,8 @@ CALLS_UNTIL_FORGOTTEN = 2000
 """A shape that has not been called for so many calls of others loses its graphs."""
 CALLS_TO_DISPLACE = 20
 """When there are `MOST_GRAPHS`: for each graph of a shape, calls of another one, with none of its own in between, after
-which it loses them to that. Recording one again takes as long as some 5 calls without, so that what is lost where two
-shapes take turns stays small. A hundred lengths in random order did not do so once in 900,000 calls."""
+which it loses them to that. Recording one again should take as long as some 5 calls without, so that little is lost
+where two shapes take turns. A hundred lengths in random order do so about once in 2,000,000 calls."""
 MOST_TO_DISPLACE = 4
 """Captured sequences of one shape with which it takes no more from others: two layers in both directions have so many,
 calls with one time step each, which wait for backward together, would take all."""
@@ -131,8 +131,8 @@ class Lease(Generic[AnyTape]):
     _home: _Graphs | None = None
 
     def __init__(self, kind: Callable[[Any], AnyTape], shape: TapeShape) -> None:
-        _leases.add(self)
         with one_at_a_time:
+            _leases.add(self)
             home = _home(kind, shape) if _with_graphs(shape.device) else None
             if home is not None and home.idle:
                 self.tape, self._home = home.idle.pop(), home
@@ -148,15 +148,16 @@ class Lease(Generic[AnyTape]):
 
 
 def held() -> int:
-    """How many captured sequences there are, those in use among them."""
-    return sum(graphs.captured for graphs in _graphs.values())
+    """How many captured sequences there are, those in use among them but not those of forgotten shapes."""
+    with one_at_a_time:
+        return sum(graphs.captured for graphs in _graphs.values())
 
 
 def leased_bytes() -> int:
     """Memory of the tapes of calls that can still be asked for their backward: no hook of autograd's sees them."""
-    storages = {
-        storage.data_ptr(): storage for lease in list(_leases) for storage in _storages(getattr(lease, "tape", None))
-    }
+    with one_at_a_time:
+        leases = list(_leases)
+    storages = {storage.data_ptr(): storage for lease in leases for storage in _storages(getattr(lease, "tape", None))}
     return sum(storage.nbytes() for storage in storages.values())
 
 
@@ -208,7 +209,9 @@ def _home(kind: Callable[[Any], Tape], shape: TapeShape) -> _Graphs | None:
     key, unused = next((key, graphs) for key, graphs in _graphs.items() if graphs.captured)
     needed = CALLS_TO_DISPLACE * unused.captured
     often = len(home.latest) >= needed and home.latest[-needed] > unused.latest[-1]
-    if not often or home.captured >= MOST_TO_DISPLACE:
+    # Those that wait for backward would stay in memory, not counted.
+    waits = len(unused.idle) < unused.captured
+    if not often or waits or home.captured >= MOST_TO_DISPLACE:
         return None
     del _graphs[key]
     return home
