@@ -177,7 +177,7 @@ def _cached(given: dict[str, Any]) -> tuple[int, str]:
     for name in CACHES:
         cache = given.get(name)
         # A module may mean something else by the word: a switch, or a store of its own that is still empty.
-        if cache is None or isinstance(cache, bool) or (isinstance(cache, dict | list | tuple) and not cache):
+        if cache is None or isinstance(cache, bool) or cache in ({}, [], ()):
             continue
         try:
             return int(cache.get_seq_length()), ""
