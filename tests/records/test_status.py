@@ -380,15 +380,20 @@ def test_what_a_study_knows_of_a_record(
     board.close()
 
 
-def test_a_job_that_failed_before_its_run_began_has_failed(record: Callable[..., RunRecord]):
+@pytest.mark.parametrize(
+    ("reason", "state"),
+    [("killed by SIGKILL", "failed"), ("", "waiting")],
+    ids=["it failed", "it was given away since"],
+)
+def test_a_job_whose_run_has_not_begun(record: Callable[..., RunRecord], reason: str, state: str):
     run = record()
     run.release()
     (run.folder / "outcome.json").unlink()
     assert (look(run).state, look(run).note) == ("waiting", "it never started")
-    job = PlannedJob.of(run.id, run.config, "killed by SIGKILL", has_failed=True)
+    job = PlannedJob.of(run.id, run.config, reason, has_failed=bool(reason))
     board = NoticeBoard(run.folder.parent)
     board.put(StudyNotice(["d2"], "small", 0, 1, None, waiting=[job]))
-    assert (look(run).state, look(run).note) == ("failed", "killed by SIGKILL")
+    assert (look(run).state, look(run).note) == (state, reason)
     board.close()
 
 

@@ -362,6 +362,8 @@ def _waiting(job: PlannedJob, record: RunStatus | None) -> RunStatus:
         return replace(_of_plan(job), state="failed" if job.has_failed else "waiting", note=job.note)
     if record.state in ("waiting", "interrupted") and job.has_failed:
         return replace(record, state="failed", note=job.note)
+    if record.state == "waiting":  # "it never started" is nothing to a study that has yet to begin it
+        return replace(record, note=job.note)
     if record.state == "interrupted":
         return replace(record, state="waiting", note="to go on from its last checkpoint")
     return replace(record, note=job.note or "its probes wait") if record.state == "finished" else record
