@@ -159,11 +159,10 @@ def earlier(path: Path) -> dict[str, Any]:
     Raises:
         InputError: it is none of this bench as it is now.
     """
-    telling = {"table": ratios_block, "sweep": figure, "profile": profile_block, "cells": ratios_block}
     try:
         found = {part: value for part, value in read_json(path).items() if part in PARTS_OF_RESULT}
         for part, value in found.items():
-            telling[part](value)
+            BLOCKS[part][2](value) if part in BLOCKS else figure(value)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"{path.name} is no result of this bench as it is now ({type(error).__name__}: {error}); move it away, or "
@@ -328,10 +327,10 @@ def working_variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str
 def variant(norm: str, backend: str, x_TBI: torch.Tensor, precision: str, cell: str) -> tuple[Step, str]:
     """A training step of a recurrence with this norm at every site, and what does the work."""
     (length, _, hidden), device = x_TBI.shape, x_TBI.device
-    kind = "reference" if backend == "eager" else "fast"
-    lstm = CELLS[cell][1](hidden, hidden, norm=norm, backend=kind, device=device)
     if backend == "torch-bf16":
         return torchs_own(cell, x_TBI, precision, torch.bfloat16), "torch"
+    kind = "reference" if backend == "eager" else "fast"
+    lstm = CELLS[cell][1](hidden, hidden, norm=norm, backend=kind, device=device)
     if backend == "jit":
         return step_of(peer(lstm, norm, length, "jit"), x_TBI, precision), "torch.jit.script"
     if backend == "compiled":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import shlex
@@ -101,12 +100,13 @@ class Conditions:
 
     def __init__(self, script: str, arguments: Sequence[str], gpus: Sequence[str] = ()) -> None:
         self._command = shlex.join(["python", f"scripts/{script}", *arguments])
-        self._environment = _environment(tuple(gpus))
+        self._gpus = gpus
         self._load = os.getloadavg()[0]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON; no path but those of the command."""
-        environment = self._environment
+        # Of the commit as it was first asked for: what an earlier part wrote makes no changed checkout of this one.
+        environment = collect_environment(self._gpus)
         return {
             "command": self._command,
             "date": datetime.now(UTC).date().isoformat(),
@@ -114,12 +114,6 @@ class Conditions:
             "load_average": {"before": round(self._load, 2), "after": round(os.getloadavg()[0], 2)},
             **{key: environment[key] for key in ("machine", "cpu", "cores", "platform", "versions", "git")},
         }
-
-
-@functools.cache
-def _environment(gpus: tuple[str, ...]) -> dict[str, Any]:
-    """Taken once: what a bench writes must not make its next part one of a changed checkout."""
-    return collect_environment(gpus)
 
 
 def sentence(conditions: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import normlab
 from normlab.config import RunConfig
 from normlab.execution.engine import Ended
 from normlab.execution.jobs import Job
+from normlab.records import environment
 from normlab.records.record import Outcome, RunRecord
 
 ROOT = Path(__file__).parent.parent
@@ -180,19 +181,21 @@ def test_on_a_gpu_the_plain_loop_is_no_fast_layer(scripts: dict[str, ModuleType]
     assert bench.variant("ln", "eager", there, "fp32", "lstm")[1] == "reference: Triton is not installed"
 
 
-def test_parts_of_one_measurement_have_one_environment(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch):
+def test_parts_of_one_measurement_are_of_one_commit(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch):
     """What the first part writes makes the checkout a changed one."""
-    benchmarking, asked = scripts["benchmarking"], []
+    asked: list[str] = []
 
-    def collected(gpus: tuple[str, ...]) -> dict[str, object]:
-        asked.append(gpus)
-        return dict.fromkeys(("machine", "cpu", "cores", "platform", "versions", "git"), len(asked))
+    def git(folder: Path, *arguments: str) -> str:
+        asked.append(arguments[0])
+        return f"# branch.oid {len(asked)}"
 
-    monkeypatch.setattr(benchmarking, "collect_environment", collected)
-    benchmarking._environment.cache_clear()
-    found = [benchmarking.Conditions("bench.py", [], ["one"]).as_dict()["git"] for _ in range(2)]
-    benchmarking._environment.cache_clear()
-    assert (found, asked) == ([1, 1], [("one",)])
+    monkeypatch.setattr(environment, "_ask_git", git)
+    environment._git.cache_clear()
+    parts = [scripts["benchmarking"].Conditions("bench.py", [], ["one"]).as_dict() for _ in range(2)]
+    environment._git.cache_clear()
+    assert [part["git"] for part in parts] == [{"commit": "2", "dirty": False}] * 2
+    assert [part["machine"] for part in parts] == ["one"] * 2
+    assert asked == ["ls-files", "status"]
 
 
 def test_a_block_is_filled_between_its_markers(scripts: dict[str, ModuleType]):
